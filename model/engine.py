@@ -1,0 +1,121 @@
+"""`Engine`: the seam between the workers and a model (or the fake). Torch-free on purpose.
+
+Ownership and calling rules, which every implementation and the shared contract test follow:
+- An engine is driven by one thread at a time (workers use one executor thread); it starts no threads itself.
+- A `Sequence` belongs to the engine that made it. `release` gives its memory back, may be called twice, and any
+  later use of the sequence raises `ValueError`. Cancelling = releasing between two calls.
+- `forward` is all or nothing: if it raises, the sequences it was given must be released by the caller.
+- In numerics class `exact` the outputs of a token depend on its prefix alone: bitwise the same for every
+  split into chunks, every batch, and after any export/load round trip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from penstock.blocks import CacheLayout
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What the rest of the cluster must know of an engine."""
+
+    fingerprint: bytes
+    layout: CacheLayout
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+    numerics: str
+    description: str = ""
+
+
+class Sequence(Protocol):
+    """One sequence's cache inside an engine."""
+
+    @property
+    def position(self) -> int:
+        """Tokens absorbed so far."""
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens this sequence may ever absorb (fixed at `open`)."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`tokens` to absorb next into `sequence`; states wanted at the positions in `states_at`.
+
+    `states_at` are absolute positions in (position, position + len(tokens)], ascending.
+    """
+
+    sequence: Sequence
+    tokens: Seq[int]
+    states_at: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Which compressed entries the last layer's attention selected for a token's prediction.
+
+    `start`/`end` are token positions (half-open); `mass` is the attention probability, averaged over heads.
+    """
+
+    start: int
+    end: int
+    mass: float
+
+
+@dataclass(frozen=True)
+class SegmentResult:
+    """States by position as payload bytes in `layout.state_sections(p)` order."""
+
+    states: dict[int, bytes] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def bytes_for(self, tokens: int) -> int:
+        """Memory that a sequence of this capacity takes, in bytes (for admission)."""
+
+    def open(self, capacity: int) -> Sequence:
+        """A new empty sequence at position 0. Memory for `capacity` tokens is taken now."""
+
+    def release(self, sequence: Sequence) -> None: ...
+
+    def load_block(self, sequence: Sequence, index: int, payload: Buffer) -> None:
+        """Attach block `index` (in order: 0, 1, ...). Takes a copy; the caller keeps the buffer."""
+
+    def load_state(self, sequence: Sequence, position: int, payload: Buffer) -> None:
+        """Attach the state at `position`; blocks 0 .. position // 256 - 1 must have been attached."""
+
+    def forward(self, segments: Seq[Segment]) -> list[SegmentResult]:
+        """Absorb each segment's tokens. One result a segment, in order."""
+
+    def export_block(self, sequence: Sequence, index: int) -> bytes:
+        """Payload of a completed block (256 (index + 1) <= position)."""
+
+    def export_state(self, sequence: Sequence) -> bytes:
+        """Payload of the state at the sequence's current position (>= 1)."""
+
+    def logits(self, sequences: Seq[Sequence]) -> Logits:
+        """Next-token logits after each sequence's last token. Every position must be >= 1."""
+
+    def evidence(self, sequence: Sequence) -> list[Evidence]:
+        """Evidence behind the next token's prediction, heaviest first; [] if the model cannot tell."""
+
+    def close(self) -> None: ...
+
+
+class Logits(Protocol):
+    """Rows of float32 logits that stay where the engine keeps them until a row is sampled."""
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> memoryview:
+        """[V] float32 as a read-only memoryview with format 'f' (numpy and torch can wrap it without a copy)."""
