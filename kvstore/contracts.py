@@ -1,14 +1,16 @@
 """The seams of the store: `BlockStore` (what workers call) and `Index` (where objects are).
 
 Rules for every implementation; the shared contract tests in `tests/kvstore` follow them:
-- An object is immutable and named by its content's identity. Committing an id that exists is not an error: the
-  first commit wins, the caller gets its lease all the same.
+- An object is immutable and named by its content's identity. Committing an id that exists is not an
+  error: the first commit wins, the caller gets its lease all the same.
 - Only commit makes an object visible. A writer that goes away in the middle leaves nothing behind.
-- A leased object is never evicted. Leases belong to an `owner` (a request id), expire after their TTL, are renewed by
-  taking them again and dropped all at once by `release`.
-- What `get` yields has been verified: id, fingerprint, layout and BLAKE3 digest. Bytes that fail are never handed
-  out: the object is reported missing, counted, and the node is told nothing it must believe.
-- Every call has a deadline. A store that cannot be reached raises `StoreUnavailableError`; it never hangs.
+- A leased object is never evicted. Leases belong to an `owner` (a request id), expire after their
+  TTL, are renewed by taking them again and dropped all at once by `release`.
+- What `get` yields has been verified: id, fingerprint, layout and BLAKE3 digest. Bytes that fail
+  are never handed out: the object is reported missing, counted, and the node is told nothing it
+  must believe.
+- Every call has a deadline. A store that cannot be reached raises `StoreUnavailableError`; it never
+  hangs.
 - Buffers: `put` may read `payload` until it returns; what `get` yields belongs to the caller.
 """
 
@@ -25,7 +27,9 @@ Buffer = bytes | bytearray | memoryview
 
 @dataclass(frozen=True)
 class StoreObject:
-    """A block or a state with its identity. `index` is the block's index or the state's position."""
+    """A block or a state with its identity. `index` is the block's index or the state's
+    position.
+    """
 
     kind: ObjectKind
     id: bytes
@@ -64,21 +68,25 @@ class BlockStore(Protocol):
     """One client's view of the store, bound to one fingerprint and layout."""
 
     async def has(self, ids: Sequence[bytes]) -> list[bool]:
-        """Which ids can be fetched now: index first, the nodes themselves where the index does not know."""
+        """Which ids can be fetched now: index first, the nodes themselves where the index does not
+        know.
+        """
 
     async def put(
         self, item: StoreObject, *, owner: str, lease_ttl_s: float, rolling: bool = False
     ) -> bool:
         """Reserve, stream, commit. True if this call committed it, False if it was there already.
 
-        `rolling`: the owner's earlier rolling object is dropped when this one commits, unless it was also put as
-        a retained one or others lease it. Raises `OverloadedError` when every byte is leased.
+        `rolling`: the owner's earlier rolling object is dropped when this one commits, unless it
+        was also put as a retained one or others lease it. Raises `OverloadedError` when every byte
+        is leased.
         """
 
     def get(
         self, ids: Sequence[bytes], *, owner: str, lease_ttl_s: float, wait_s: float = 0.0
     ) -> AsyncIterator[StoreObject | Missing]:
-        """The objects in the order asked for, leased to `owner`. `wait_s` is the patience for each to be committed.
+        """The objects in the order asked for, leased to `owner`. `wait_s` is the patience for each
+        to be committed.
 
         Closing the iterator stops the transfer.
         """
@@ -104,7 +112,9 @@ class Location:
 
 
 class Index(Protocol):
-    """An accelerator that may be flushed or lost at any moment; the nodes' own catalogues are the truth."""
+    """An accelerator that may be flushed or lost at any moment; the nodes' own catalogues are the
+    truth.
+    """
 
     @property
     def backend(self) -> str: ...
@@ -117,7 +127,9 @@ class Index(Protocol):
         """One round trip for all ids. Raises `IndexUnavailableError` within its short deadline."""
 
     async def heartbeat(self, node_id: str, address: str, epoch: int) -> bool:
-        """Say that the node lives. False: the index has forgotten it (flushed), announce everything again."""
+        """Say that the node lives. False: the index has forgotten it (flushed), announce everything
+        again.
+        """
 
     async def nodes(self) -> dict[str, tuple[str, int]]:
         """Live nodes: id -> (address, epoch)."""

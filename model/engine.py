@@ -1,12 +1,15 @@
 """`Engine`: the seam between the workers and a model (or the fake). Torch-free on purpose.
 
 Ownership and calling rules, which every implementation and the shared contract test follow:
-- An engine is driven by one thread at a time (workers use one executor thread); it starts no threads itself.
-- A `Sequence` belongs to the engine that made it. `release` gives its memory back, may be called twice, and any
-  later use of the sequence raises `ValueError`. Cancelling = releasing between two calls.
-- `forward` is all or nothing: if it raises, the sequences it was given must be released by the caller.
-- In numerics class `exact` the outputs of a token depend on its prefix alone: bitwise the same for every
-  split into chunks, every batch, and after any export/load round trip.
+- An engine is driven by one thread at a time (workers use one executor thread); it starts no
+  threads itself.
+- A `Sequence` belongs to the engine that made it. `release` gives its memory back, may be called
+  twice, and any later use of the sequence raises `ValueError`. Cancelling = releasing between two
+  calls.
+- `forward` is all or nothing: if it raises, the sequences it was given must be released by the
+  caller.
+- In numerics class `exact` the outputs of a token depend on its prefix alone: bitwise the same for
+  every split into chunks, every batch, and after any export/load round trip.
 """
 
 from __future__ import annotations
@@ -61,7 +64,8 @@ class Segment:
 class Evidence:
     """Which compressed entries the last layer's attention selected for a token's prediction.
 
-    `start`/`end` are token positions (half-open); `mass` is the attention probability, averaged over heads.
+    `start`/`end` are token positions (half-open); `mass` is the attention probability, averaged
+    over heads.
     """
 
     start: int
@@ -92,7 +96,9 @@ class Engine(Protocol):
         """Attach block `index` (in order: 0, 1, ...). Takes a copy; the caller keeps the buffer."""
 
     def load_state(self, sequence: Sequence, position: int, payload: Buffer) -> None:
-        """Attach the state at `position`; blocks 0 .. position // 256 - 1 must have been attached."""
+        """Attach the state at `position`; blocks 0 .. position // 256 - 1 must have been
+        attached.
+        """
 
     def forward(self, segments: Seq[Segment]) -> list[SegmentResult]:
         """Absorb each segment's tokens. One result a segment, in order."""
@@ -107,7 +113,9 @@ class Engine(Protocol):
         """Next-token logits after each sequence's last token. Every position must be >= 1."""
 
     def evidence(self, sequence: Sequence) -> list[Evidence]:
-        """Evidence behind the next token's prediction, heaviest first; [] if the model cannot tell."""
+        """Evidence behind the next token's prediction, heaviest first; [] if the model cannot
+        tell.
+        """
 
     def close(self) -> None: ...
 
@@ -118,4 +126,6 @@ class Logits(Protocol):
     def __len__(self) -> int: ...
 
     def row(self, index: int) -> memoryview:
-        """[V] float32 as a read-only memoryview with format 'f' (numpy and torch can wrap it without a copy)."""
+        """[V] float32 as a read-only memoryview with format 'f' (numpy and torch can wrap it
+        without a copy).
+        """

@@ -1,9 +1,10 @@
 """Blocks and states: what a sequence's compressed KV is cut into, described by a component table.
 
-A *block* holds every layer's compressed rows of 256 consecutive tokens. A *state* at position p holds
-all else that a sequence needs to resume at p: the last window of rows of every layer, the compressors'
-carries, the compressed rows of the unfinished block, and the last token's outputs. Both are described by
-a `CacheLayout`, which comes from the model's config, never from constants (report 3; architecture.md).
+A *block* holds every layer's compressed rows of 256 consecutive tokens. A *state* at position p
+holds all else that a sequence needs to resume at p: the last window of rows of every layer, the
+compressors' carries, the compressed rows of the unfinished block, and the last token's outputs.
+Both are described by a `CacheLayout`, which comes from the model's config, never from constants
+(report 3; architecture.md).
 
 An object's payload is its components' rows in table order, each component contiguous, no padding.
 """
@@ -43,7 +44,9 @@ class ObjectKind(StrEnum):
 
 @dataclass(frozen=True)
 class Component:
-    """One named array of fixed-size rows. `ratio` is the compression ratio or the window, in tokens."""
+    """One named array of fixed-size rows. `ratio` is the compression ratio or the window, in
+    tokens.
+    """
 
     name: str
     kind: ComponentKind

@@ -1,7 +1,8 @@
 """The one error tree of Penstock, and its one mapping to HTTP, OpenAI and gRPC.
 
-Every error a user can meet is a `PenstockError`: one sentence that names the cause and, where there is
-one, the next step. Rooms raise these; only the outermost layer (CLI, HTTP, gRPC servicer) maps them.
+Every error a user can meet is a `PenstockError`: one sentence that names the cause and, where there
+is one, the next step. Rooms raise these; only the outermost layer (CLI, HTTP, gRPC servicer) maps
+them.
 """
 
 from __future__ import annotations
@@ -155,5 +156,7 @@ _BY_CODE: dict[str, type[PenstockError]] = {
 
 
 def from_code(code: str, message: str, *, retry_after_s: float | None = None) -> PenstockError:
-    """Rebuild an error that crossed a wire as (code, message); an unknown code stays a server error."""
+    """Rebuild an error that crossed a wire as (code, message); an unknown code stays a server
+    error.
+    """
     return _BY_CODE.get(code, PenstockError)(message, code=code, retry_after_s=retry_after_s)

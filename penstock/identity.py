@@ -6,8 +6,9 @@
     h_i = SHA256(h_{i-1} || u32le tokens of block i)            i = 1, 2, ...
     state(p) = SHA256("state" || h_{p // 256} || u32le tokens of the unfinished block)
 
-Canonical and seedless on purpose: a client in any language computes the same ids. The test vectors are in
-`docs/kv-identity.md` and in `tests/penstock/test_identity.py`. A million tokens cost about 8 ms.
+Canonical and seedless on purpose: a client in any language computes the same ids. The test vectors
+are in `docs/kv-identity.md` and in `tests/penstock/test_identity.py`. A million tokens cost about 8
+ms.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def fingerprint(facts: dict[str, Any]) -> bytes:
 
 
 def namespace(cluster_key: bytes, tenant: str, cache_salt: str = "") -> bytes:
-    """The tenant's namespace. 32 bytes; without the cluster key nobody can guess another tenant's ids."""
+    """The tenant's namespace. 32 bytes; without the cluster key nobody can guess another tenant's
+    ids.
+    """
     message = tenant.encode() + b"\0" + cache_salt.encode()
     return hmac.new(cluster_key, message, hashlib.sha256).digest()
 
@@ -52,7 +55,8 @@ def _u32le(tokens: Sequence[int]) -> bytes:
 class Chain:
     """Block and state ids of one prompt under one fingerprint and namespace.
 
-    `blocks[i]` is the id of block i (tokens [256 i, 256 (i + 1))). Immutable; `extend` returns a longer one.
+    `blocks[i]` is the id of block i (tokens [256 i, 256 (i + 1))). Immutable; `extend` returns a
+    longer one.
     """
 
     root: bytes

@@ -9,7 +9,9 @@ from penstock.errors import InvalidRequestError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. Keyed by (seed, choice, position), so that a moved stream draws the same tokens."""
+    """How a token is drawn. Keyed by (seed, choice, position), so that a moved stream draws the
+    same tokens.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -89,7 +91,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Usage:
-    """Counted once, where prefill restores: tokens that prefill did not compute for this request."""
+    """Counted once, where prefill restores: tokens that prefill did not compute for this
+    request.
+    """
 
     prompt_tokens: int
     cached_tokens: int
