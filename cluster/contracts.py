@@ -1,0 +1,100 @@
+"""The seams of the cluster: `Launcher` (what starts processes) and `Service` (what the HTTP API
+calls).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from penstock.request import Event, Request
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What `/v1/models` tells. `fingerprint` is hex; it is `system_fingerprint` in responses."""
+
+    name: str
+    created: int
+    max_model_len: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class WorkerView:
+    """One live worker as the directory shows it."""
+
+    worker_id: str
+    role: str
+    address: str
+    running: int
+    queued: int
+    queued_tokens: int
+    capacity_bytes: int
+    used_bytes: int
+    draining: bool
+    fingerprint: bytes
+    max_model_len: int
+    bytes_per_token: float
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """`ready` only if a prefill and a decode worker and the store answer; `reason` names what is
+    missing.
+    """
+
+    ready: bool
+    reason: str = ""
+
+
+class Service(Protocol):
+    """Serves requests. Lives in the front process; torch-free."""
+
+    async def model(self) -> ServedModel:
+        """Raises `WorkerUnavailableError` while no worker has registered."""
+
+    def generate(self, request: Request) -> AsyncIterator[Event]:
+        """Progress..., TokenChunk..., Finish. Raises a `PenstockError` if the request fails.
+
+        Closing the iterator cancels the request: everything it holds is freed within 2 s.
+        """
+
+    async def readiness(self) -> Readiness: ...
+
+    async def workers(self) -> list[WorkerView]:
+        """For `/metrics`: live workers with their counters."""
+
+    async def store_stat(self) -> dict[str, float]:
+        """For `/metrics`: the store node's gauges and counters; {} if it cannot be reached."""
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A running cluster as its user sees it."""
+
+    url: str
+    store_address: str
+
+
+class Launcher(Protocol):
+    """Starts and stops the cluster's processes. `stop` may be called twice and after a failed
+    `start`.
+
+    After `stop`, after a signal and after a crash of the launching process no process, port or
+    shared memory is left.
+    """
+
+    def start(self) -> Endpoint:
+        """Blocks until the cluster is ready. Raises a `PenstockError` that names the part that
+        failed.
+        """
+
+    def wait(self) -> None:
+        """Blocks until a part that cannot be restarted has died; raises what happened."""
+
+    def stop(self) -> None: ...

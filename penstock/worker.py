@@ -1,0 +1,49 @@
+"""What a worker process is told at its start: plain data, so that any launcher can carry it as
+JSON.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ModelSpec(BaseModel):
+    """Which model to open and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    """A folder, `ledger` (the shipped model) or `fake`."""
+    served_name: str = ""
+    kv_cache_dtype: str = "fp8"
+    dtype: str = "auto"
+    numerics: str = "exact"
+    device: str = "auto"
+    max_model_len: int | None = None
+    torch_threads: int = Field(default=1, ge=1)
+    fake_prefill_tokens_per_s: float = 0.0
+    fake_decode_step_ms: float = 0.0
+
+
+class WorkerSpec(BaseModel):
+    """Identity, addresses and limits of one prefill or decode worker."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    worker_id: str
+    model: ModelSpec
+    store_address: str
+    index_url: str | None = None
+    """Redis URL of the index, or None for the store node's own."""
+    listen_host: str = "127.0.0.1"
+    heartbeat_s: float = Field(default=1.0, gt=0)
+    directory_ttl_s: float = Field(default=5.0, gt=0)
+    lease_ttl_s: float = Field(default=30.0, gt=0)
+    chunk_tokens: int = Field(default=2048, ge=16)
+    """Prefill: most tokens of one model step."""
+    max_running: int = Field(default=16, ge=1)
+    """Most requests worked on at once."""
+    max_queued: int = Field(default=256, ge=0)
+    """Most requests that wait; one more is refused."""
+    kv_memory_bytes: int = Field(default=1 << 30, ge=1 << 16)
+    """Cache memory for sequences."""
