@@ -1,0 +1,50 @@
+# Every target works on a fresh machine with python3.11+, make and a C compiler: each creates what it needs in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROTOS := protos/penstock/kv/v1/kv.proto protos/penstock/worker/v1/worker.proto
+
+.PHONY: setup demo serve test check bench proto helm docs clean
+
+setup: $(STAMP)
+
+# torch first and exact: a range would take the newest CUDA build, several GB, before the constraints could speak.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,parity,dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/penstock demo
+
+serve: setup
+	$(BIN)/penstock serve ledger
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/buf lint
+
+bench: setup
+	mkdir -p results
+	$(BIN)/penstock bench serve --json results/bench-serve.json
+
+proto: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. \
+		--mypy_out=. --mypy_grpc_out=. $(PROTOS)
+
+helm:
+	@echo "the Helm chart does not exist yet; see CHANGELOG.md" && exit 1
+
+docs:
+	@echo "the documentation is Markdown under docs/; there is nothing to build yet"
+
+clean:
+	rm -rf $(VENV) results build dist *.egg-info

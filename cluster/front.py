@@ -1,0 +1,127 @@
+"""The front process: the HTTP API over `Flow`. A Ray Serve ingress replica, or `python -m
+cluster.front`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from pydantic import BaseModel, ConfigDict
+
+from cluster.config import ClusterConfig
+from cluster.flow import Flow
+from cluster.router import Router
+from cluster.workers import CallLimits, Hold, StoreNode, WorkerCalls, no_hold
+from penstock.rpc import channel_options
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+
+class FrontSpec(BaseModel):
+    """All that a front process is told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: ClusterConfig
+    store_address: str
+
+
+def open_service(spec: FrontSpec, *, hold: Hold = no_hold) -> Flow:
+    """Must run inside the event loop that will serve: gRPC channels belong to it."""
+    front = spec.config.front
+    options = channel_options()
+    return Flow(
+        router=Router(grpc.aio.insecure_channel(spec.store_address, options=options)),
+        calls=WorkerCalls(
+            CallLimits(
+                request_timeout_s=front.request_timeout_s,
+                admission_timeout_s=front.admission_timeout_s,
+            )
+        ),
+        store=StoreNode(grpc.aio.insecure_channel(spec.store_address, options=options)),
+        served_name=spec.config.served_name,
+        hold=hold,
+    )
+
+
+def build_app(spec: FrontSpec, service: Flow) -> FastAPI:
+    from cluster.api import create_app
+    from penstock.chat import open_chat
+    from penstock.telemetry import Telemetry
+    from penstock.tokenizer import open_tokenizer
+
+    model = spec.config.model.model
+    tokenizer = open_tokenizer(model)
+    chat = open_chat(model, tokenizer) if tokenizer is not None else None
+    return create_app(
+        service, tokenizer=tokenizer, chat=chat, config=spec.config.front, telemetry=Telemetry()
+    )
+
+
+class FrontReplica:
+    """The front as a Serve ingress; `cluster.launchers.ray` decorates it with `serve.ingress()`."""
+
+    async def __init__(self, spec_json: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        from cluster.pools import ServeHold
+
+        self._spec = FrontSpec.model_validate_json(spec_json)
+        self._service = open_service(self._spec, hold=ServeHold())
+        self._app = build_app(self._spec, self._service)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._app
+
+    async def __del__(self) -> None:
+        await self._service.close()
+
+
+async def _serve(spec: FrontSpec) -> None:
+    import uvicorn
+
+    service = open_service(spec)
+    front = spec.config.front
+    server = uvicorn.Server(
+        uvicorn.Config(
+            build_app(spec, service),
+            host=front.host,
+            port=front.port,
+            log_level="warning",
+            access_log=False,
+            ssl_certfile=front.tls_cert,
+            ssl_keyfile=front.tls_key,
+            timeout_graceful_shutdown=2,
+        )
+    )
+    serving = asyncio.create_task(server.serve())
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    if server.started:
+        print(f"ready {front.host}:{front.port}", flush=True)
+    await serving
+    await service.close()
+
+
+def main() -> int:
+    """Spec as the first line of stdin; ends when stdin ends, because then the launcher is gone."""
+    spec = FrontSpec.model_validate_json(sys.stdin.readline())
+
+    def leash() -> None:
+        while sys.stdin.read(4096):
+            continue
+        os._exit(0)
+
+    threading.Thread(target=leash, daemon=True).start()
+    import uvloop
+
+    uvloop.run(_serve(spec))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,64 @@
+"""Start a cluster, run it until it is told to stop, leave nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from cluster.config import ClusterConfig
+from cluster.contracts import Endpoint, Launcher
+
+
+def launcher_for(config: ClusterConfig) -> Launcher:
+    if config.launcher.kind == "local":
+        from cluster.launchers.local import LocalLauncher
+
+        return LocalLauncher(config)
+    from cluster.launchers.ray import RayLauncher
+
+    return RayLauncher(config)
+
+
+@contextlib.contextmanager
+def started(config: ClusterConfig) -> Iterator[Endpoint]:
+    """A ready cluster for the length of the block, stopped also after an error or Ctrl-C."""
+    launcher = launcher_for(config)
+    try:
+        yield launcher.start()
+    finally:
+        launcher.stop()
+
+
+class _Signalled(BaseException):
+    """SIGTERM or SIGINT, raised where the main thread waits."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def run(config: ClusterConfig) -> int:
+    """What `penstock serve` does: prints `ready URL`, serves until a signal. Exit code."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        # A second signal must not interrupt the clean-up that the first one began.
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+        raise _Signalled(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, on_signal)
+    launcher = launcher_for(config)
+    try:
+        endpoint = launcher.start()
+        print(f"ready {endpoint.url}", flush=True)
+        launcher.wait()
+    except _Signalled:
+        return 0
+    finally:
+        launcher.stop()
+    return 0

@@ -1,0 +1,107 @@
+"""What both launchers do alike: the store node, the specs of workers and front, waiting until all
+is ready.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+
+from cluster.config import ClusterConfig
+from cluster.front import FrontSpec
+from cluster.launchers.process import ChildProcess
+from penstock.errors import PenstockError, UnavailableError
+from penstock.worker import WorkerSpec
+
+_STORE_START_TIMEOUT_S = 30.0
+_READY_POLL_S = 0.1
+
+
+def http_url(config: ClusterConfig) -> str:
+    """The address users type. A wildcard host is reached over loopback from here."""
+    scheme = "https" if config.front.tls_cert else "http"
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.front.host, config.front.host)
+    return f"{scheme}://{host}:{config.front.port}"
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raises `PenstockError` naming the port if something listens there already."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise PenstockError(
+                f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port"
+            ) from error
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens on now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def start_store(config: ClusterConfig) -> tuple[ChildProcess | None, str]:
+    """The store node (None if the configuration names one that runs already) and its address."""
+    store = config.kvstore
+    if config.launcher.store_address is not None:
+        return None, config.launcher.store_address
+    args = ["--listen", store.listen, "--memory", str(store.memory_bytes), "--exit-with-parent"]
+    if store.redis_url is not None:
+        args += ["--redis-url", store.redis_url]
+    child = ChildProcess("kvstore", "kvstore", args)
+    try:
+        child.spawn()
+        return child, child.await_ready(_STORE_START_TIMEOUT_S)
+    except PenstockError:
+        child.stop()
+        raise
+
+
+def worker_spec(
+    config: ClusterConfig, *, role: str, worker_id: str, store_address: str
+) -> WorkerSpec:
+    """What a worker of this role is told."""
+    pool = config.prefill if role == "prefill" else config.decode
+    return WorkerSpec(
+        worker_id=worker_id,
+        model=config.model_spec(),
+        store_address=store_address,
+        index_url=config.kvstore.redis_url,
+        listen_host=config.launcher.worker_host,
+        chunk_tokens=config.prefill.chunk_tokens,
+        max_running=pool.max_running,
+        max_queued=pool.max_queued,
+        kv_memory_bytes=pool.kv_memory_bytes,
+    )
+
+
+def front_spec(config: ClusterConfig, *, store_address: str) -> FrontSpec:
+    return FrontSpec(config=config, store_address=store_address)
+
+
+def wait_until_ready(url: str, *, timeout_s: float, alive: Callable[[], None]) -> None:
+    """Polls `/ready`. `alive` raises if a part has died. Raises with the last reason on timeout."""
+    deadline, reason = time.monotonic() + timeout_s, "the front does not answer"
+    # Our own certificate may be self-signed; this asks only whether our own process is up.
+    context = ssl._create_unverified_context() if url.startswith("https") else None
+    while True:
+        alive()
+        try:
+            with urllib.request.urlopen(f"{url}/ready", timeout=2.0, context=context) as answer:
+                if answer.status == 200:
+                    return
+        except urllib.error.HTTPError as error:
+            reason = error.read().decode(errors="replace")[:300]
+        except OSError as error:
+            reason = str(error)
+        if time.monotonic() > deadline:
+            raise UnavailableError(f"the cluster was not ready after {timeout_s:.0f} s: {reason}")
+        time.sleep(_READY_POLL_S)

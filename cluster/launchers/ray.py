@@ -1,0 +1,181 @@
+"""The product's launcher: Ray Serve deployments for the pools and the front, one store node beside
+them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster.config import ClusterConfig
+from cluster.contracts import Endpoint
+from cluster.launchers.common import (
+    front_spec,
+    http_url,
+    require_free_port,
+    start_store,
+    wait_until_ready,
+    worker_spec,
+)
+from cluster.launchers.process import ChildProcess
+from penstock.errors import PenstockError, UnavailableError
+
+_log = logging.getLogger(__name__)
+
+
+class RayLauncher:
+    """Starts its own Ray unless the configuration names a cluster to join; never touches another
+    one.
+    """
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._store: ChildProcess | None = None
+        self._ray_dir: Path | None = None
+        self._joined = False
+        self._stopping = threading.Event()
+
+    def start(self) -> Endpoint:
+        config = self._config
+        require_free_port(config.front.host, config.front.port)
+        self._store, store_address = start_store(config)
+        self._start_ray()
+        self._deploy(store_address)
+        url = http_url(config)
+        wait_until_ready(url, timeout_s=config.launcher.start_timeout_s, alive=self._check)
+        return Endpoint(url, store_address)
+
+    def _start_ray(self) -> None:
+        settings = self._config.launcher
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
+        if settings.ray_address is None:
+            # A Ray of our own speaks to itself over loopback only; a token would protect nothing
+            # more.
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            os.environ.pop("RAY_ADDRESS", None)
+        import ray
+
+        common: dict[str, Any] = {
+            "include_dashboard": False,
+            "log_to_driver": _log.isEnabledFor(logging.INFO),
+            "logging_level": logging.WARNING,
+            "configure_logging": False,
+        }
+        try:
+            if settings.ray_address is not None:
+                ray.init(address=settings.ray_address, log_to_driver=common["log_to_driver"])
+                self._joined = True
+                return
+            # Unix socket paths end at 107 bytes, so the directory's name must be short.
+            self._ray_dir = Path(tempfile.mkdtemp(prefix="pen-ray-"))
+            ray.init(
+                address="local",
+                num_cpus=max(8, os.cpu_count() or 1),
+                object_store_memory=settings.object_store_bytes,
+                _temp_dir=str(self._ray_dir),
+                _node_ip_address="127.0.0.1",
+                **common,
+            )
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            where = settings.ray_address or "a Ray of its own"
+            raise UnavailableError(f"cannot start {where}: {str(error).splitlines()[0]}") from error
+
+    def _deploy(self, store_address: str) -> None:
+        from ray import serve
+        from ray.serve.config import HTTPOptions, RequestRouterConfig
+
+        from cluster.front import FrontReplica
+        from cluster.pools import MAX_HOLDS, DecodeReplica, PrefillReplica, TargetedRouter
+
+        config = self._config
+        serve.start(
+            http_options=HTTPOptions(
+                host=config.front.host,
+                port=config.front.port,
+                ssl_certfile=config.front.tls_cert,
+                ssl_keyfile=config.front.tls_key,
+            ),
+            proxy_location="HeadOnly",
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        gpus = 1 if config.model.device == "cuda" else 0
+        targets = []
+        for role, replica, replicas in (
+            ("prefill", PrefillReplica, config.prefill.replicas),
+            ("decode", DecodeReplica, config.decode.replicas),
+        ):
+            deployment = serve.deployment(
+                replica,
+                name=role,
+                num_replicas=replicas,
+                max_ongoing_requests=MAX_HOLDS,
+                health_check_period_s=2.0,
+                health_check_timeout_s=30.0,
+                graceful_shutdown_timeout_s=config.launcher.drain_timeout_s,
+                graceful_shutdown_wait_loop_s=0.2,
+                ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+                request_router_config=RequestRouterConfig(request_router_class=TargetedRouter),
+            )
+            spec = worker_spec(config, role=role, worker_id=role, store_address=store_address)
+            app = deployment.bind(spec.model_dump_json())
+            targets.append(serve.RunTarget(app, name=role, route_prefix=None))
+        front = serve.deployment(
+            FrontReplica,
+            name="front",
+            num_replicas=config.front.replicas,
+            max_ongoing_requests=config.front.max_streams,
+            graceful_shutdown_timeout_s=config.launcher.drain_timeout_s,
+            graceful_shutdown_wait_loop_s=0.2,
+            ray_actor_options={"num_cpus": 1},
+        )
+        app = front.bind(front_spec(config, store_address=store_address).model_dump_json())
+        targets.append(serve.RunTarget(app, name="front", route_prefix="/"))
+        try:
+            serve.run_many(targets)
+        except RuntimeError as error:
+            raise PenstockError(_cause(str(error))) from error
+
+    def _check(self) -> None:
+        if self._store is not None and not self._store.running:
+            raise UnavailableError("the KV store node has ended; its last words are in the log")
+
+    def wait(self) -> None:
+        """Restarts nothing itself: Serve restarts replicas. A dead store node ends the cluster."""
+        while not self._stopping.wait(0.5):
+            self._check()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if "ray" in __import__("sys").modules:
+            import ray
+
+            if ray.is_initialized():
+                from ray import serve
+
+                try:
+                    serve.shutdown()
+                except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
+                    _log.warning("Serve did not shut down cleanly: %s", error)
+                ray.shutdown()
+        if self._store is not None:
+            self._store.stop()
+            self._store = None
+        if self._ray_dir is not None:
+            # Ray's processes need a moment to close their files.
+            time.sleep(0.2)
+            shutil.rmtree(self._ray_dir, ignore_errors=True)
+            self._ray_dir = None
+
+
+def _cause(text: str) -> str:
+    """The last line of Serve's report that says something, not its traceback."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line and not line.startswith(("File",
+    "Traceback"))] return (errors or lines or ["a deployment failed to start"])[-1]

@@ -1,0 +1,180 @@
+"""Calls from the front to workers and to the store node: channels, deadlines, error mapping."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+
+import grpc
+
+from cluster.contracts import WorkerView
+from cluster.policy import Route
+from penstock.errors import StoreUnavailableError
+from penstock.request import EvidenceSpan, Progress, Request, TokenChunk
+from penstock.rpc import channel_options, error_from_rpc
+from protos.penstock.kv.v1 import kv_pb2, kv_pb2_grpc
+from protos.penstock.worker.v1 import worker_pb2, worker_pb2_grpc
+
+Hold = Callable[[Route, str], AbstractAsyncContextManager[None]]
+"""Keeps both workers of a route from being taken down while a request runs (Ray Serve only)."""
+
+
+@contextlib.asynccontextmanager
+async def no_hold(route: Route, request_id: str) -> AsyncIterator[None]:
+    """`Hold` of launchers that never take a worker down by themselves."""
+    yield
+
+
+@dataclass(frozen=True)
+class CallLimits:
+    """Deadlines of a request's steps, in seconds."""
+
+    request_timeout_s: float = 3600.0
+    admission_timeout_s: float = 30.0
+    lease_ttl_s: float = 30.0
+
+
+@dataclass(frozen=True)
+class DecodeFinished:
+    """End of the decode worker's stream, before prefill's count of cached tokens is added."""
+
+    reason: str
+    completion_tokens: int
+    text: str
+
+
+class WorkerCalls:
+    """One channel a worker address, kept while the front lives."""
+
+    def __init__(self, limits: CallLimits) -> None:
+        self._limits = limits
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = grpc.aio.insecure_channel(address, options=channel_options())
+            self._channels[address] = channel
+        return channel
+
+    async def prefill(self, worker: WorkerView, request: Request) -> AsyncIterator[Progress]:
+        """Progress until everything is committed. Raises the worker's error."""
+        total, cached = len(request.token_ids), 0
+        stub = worker_pb2_grpc.PrefillStub(self._channel(worker.address))
+        call = stub.Run(
+            worker_pb2.PrefillRequest(
+                prompt=_prompt(request, worker),
+                boundaries=request.boundaries,
+                lease_ttl_ms=int(self._limits.lease_ttl_s * 1e3),
+            ),
+            timeout=self._limits.request_timeout_s,
+        )
+        try:
+            async for event in call:
+                match event.WhichOneof("event"):
+                    case "started":
+                        cached = event.started.cached_tokens
+                        yield Progress(cached, total, cached)
+                    case "progress":
+                        yield Progress(event.progress.tokens_done, total, cached)
+                    case "done":
+                        yield Progress(total, total, event.done.cached_tokens)
+                        return
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, peer=f"prefill worker {worker.worker_id}") from error
+        finally:
+            call.cancel()
+
+    async def decode(
+        self, worker: WorkerView, request: Request, granted: asyncio.Event
+    ) -> AsyncIterator[TokenChunk | DecodeFinished]:
+        """Sets `granted` when memory and a slot are reserved, then yields tokens and the end."""
+        stop, sampling, limits = request.stop, request.sampling, self._limits
+        stub = worker_pb2_grpc.DecodeStub(self._channel(worker.address))
+        call = stub.Generate(
+            worker_pb2.GenerateRequest(
+                prompt=_prompt(request, worker),
+                sampling=worker_pb2.Sampling(
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    top_k=sampling.top_k,
+                    seed=sampling.seed,
+                    choice=sampling.choice,
+                ),
+                max_tokens=stop.max_tokens,
+                min_tokens=stop.min_tokens,
+                ignore_eos=stop.ignore_eos,
+                stop=stop.strings,
+                evidence=request.evidence,
+                prefill_timeout_ms=int(limits.request_timeout_s * 1e3),
+                lease_ttl_ms=int(limits.lease_ttl_s * 1e3),
+                admission_timeout_ms=int(limits.admission_timeout_s * 1e3),
+            ),
+            timeout=limits.request_timeout_s,
+        )
+        try:
+            async for event in call:
+                match event.WhichOneof("event"):
+                    case "granted":
+                        granted.set()
+                    case "tokens":
+                        yield _chunk(event.tokens)
+                    case "finished":
+                        end = event.finished
+                        yield DecodeFinished(end.reason, end.completion_tokens, end.text)
+                        return
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, peer=f"decode worker {worker.worker_id}") from error
+        finally:
+            call.cancel()
+
+    async def close(self) -> None:
+        channels, self._channels = list(self._channels.values()), {}
+        await asyncio.gather(*(c.close() for c in channels), return_exceptions=True)
+
+
+def _prompt(request: Request, worker: WorkerView) -> worker_pb2.Prompt:
+    return worker_pb2.Prompt(
+        request_id=request.request_id,
+        token_ids=request.token_ids,
+        namespace=request.namespace,
+        fingerprint=worker.fingerprint,
+    )
+
+
+def _chunk(tokens: worker_pb2.Tokens) -> TokenChunk:
+    return TokenChunk(
+        index=tokens.index,
+        token_ids=tuple(tokens.token_ids),
+        text=tokens.text,
+        evidence=tuple(EvidenceSpan(e.start, e.end, e.mass) for e in tokens.evidence),
+    )
+
+
+class StoreNode:
+    """The front's view of the store node: its gauges, nothing of its contents."""
+
+    def __init__(self, channel: grpc.aio.Channel, *, timeout_s: float = 2.0) -> None:
+        self._channel = channel
+        self._stub = kv_pb2_grpc.KvStoreStub(channel)
+        self._timeout_s = timeout_s
+
+    async def stat(self) -> dict[str, float]:
+        """Gauges and counters by field name. Raises `StoreUnavailableError`."""
+        try:
+            answer = await self._stub.Stat(kv_pb2.StatRequest(), timeout=self._timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise StoreUnavailableError(
+                f"the KV store node cannot be reached ({error.code().name})"
+            ) from error
+        return {
+            field.name: float(getattr(answer, field.name))
+            for field in answer.DESCRIPTOR.fields
+            if field.type != field.TYPE_STRING
+        }
+
+    async def close(self) -> None:
+        await self._channel.close()
