@@ -58,6 +58,8 @@ class Segment:
     sequence: Sequence
     tokens: Seq[int]
     states_at: tuple[int, ...] = ()
+    all_logits: bool = False
+    """Return next-token logits after every one of `tokens`, not only on demand after the last."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class SegmentResult:
     """States by position as payload bytes in `layout.state_sections(p)` order."""
 
     states: dict[int, bytes] = field(default_factory=dict)
+    logits: Logits | None = None
+    """One row a token, if the segment asked for `all_logits`."""
 
 
 class Engine(Protocol):

@@ -158,13 +158,16 @@ class FakeEngine:
                 raise ValueError("the sequence's capacity is exceeded")
             states: dict[int, bytes] = {}
             wanted = set(segment.states_at)
+            rows: list[npt.NDArray[np.float32]] = []
             for token in segment.tokens:
                 if not 0 <= token < VOCAB:
                     raise ValueError(f"token id {token} is outside the vocabulary of {VOCAB}")
                 mine.absorb(token)
                 if mine.position in wanted:
                     states[mine.position] = self.export_state(mine)
-            results.append(SegmentResult(states))
+                if segment.all_logits:
+                    rows.append(_logits(mine))
+            results.append(SegmentResult(states, FakeLogits(rows) if rows else None))
         self._pretend_to_work(tokens_total, len(segments))
         return results
 
