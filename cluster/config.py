@@ -1,0 +1,281 @@
+"""The joined configuration: every room's section, and where each value came from.
+
+Precedence: command-line flag > `PENSTOCK_SECTION__FIELD` > YAML file (`--config`) > default.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from kvstore.config import StoreConfig
+from penstock.errors import UsageError
+from penstock.settings import Section, Size, did_you_mean, validated
+from penstock.worker import ModelSpec
+
+ENV_PREFIX = "PENSTOCK_"
+# Read by rooms that start without this file.
+_ELSEWHERE = frozenset({"kernels"})
+SECRETS = frozenset({"front.api_key", "front.cluster_key", "kvstore.redis_url"})
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class FrontSection(Section):
+    """The HTTP front door."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    grpc_port: int | None = Field(default=None, ge=0, le=65535)
+    api_key: str | None = Field(default=None, repr=False, min_length=1)
+    """One key, or several separated by commas; each is a tenant of its own."""
+    cluster_key: str | None = Field(default=None, repr=False, min_length=16)
+    """Secret of the block namespaces; set the same one on every front of a cluster."""
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    insecure: bool = False
+    """Allows another address than loopback without a key and TLS."""
+    replicas: int = Field(default=1, ge=1)
+    max_streams: int = Field(default=1024, ge=1)
+    """Most requests in one front process; one more is refused with 429."""
+    max_body_bytes: Size = Field(default=64 << 20, ge=1024)
+    default_max_tokens: int = Field(default=1024, ge=1)
+    keep_alive_s: float = Field(default=5.0, gt=0)
+    """Longest silence of a stream: then a comment is sent. Also how long a stream waits for its
+    first event before it commits to status 200.
+    """
+    request_timeout_s: float = Field(default=3600.0, gt=0)
+    admission_timeout_s: float = Field(default=30.0, gt=0)
+    encode_threads: int = Field(default=2, ge=1)
+
+    @model_validator(mode="after")
+    def _exposure(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key must be given together")
+        safe = self.api_key is not None and self.tls_cert is not None
+        if not (is_loopback(self.host) or safe or self.insecure):
+            raise ValueError(
+                f"host {self.host} is reachable from other machines: give an API key "
+                "(--api-key) and TLS (--tls-cert, --tls-key) with it, or --insecure"
+            )
+        if not self.keys and self.api_key is not None:
+            raise ValueError("api_key holds no key")
+        return self
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Accepted API keys; empty means that none is asked for."""
+        return tuple(k.strip() for k in (self.api_key or "").split(",") if k.strip())
+
+    @property
+    def cluster_key_bytes(self) -> bytes:
+        """Without a key of its own a cluster is one machine's: namespaces then keep tenants apart
+        but are no secret.
+        """
+        return hashlib.sha256((self.cluster_key or "one machine").encode()).digest()
+
+
+class ModelSection(ModelSpec):
+    """Which model, and how it is opened; every worker is told the same."""
+
+    model: str = "ledger"
+    kv_cache_dtype: Literal["fp8", "bf16", "fp32"] = "fp8"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    numerics: Literal["exact", "fast"] = "exact"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_model_len: int | None = Field(default=None, ge=16)
+
+
+class PrefillSection(Section):
+    replicas: int = Field(default=1, ge=1)
+    chunk_tokens: int = Field(default=2048, ge=16)
+    max_running: int = Field(default=8, ge=1)
+    max_queued: int = Field(default=256, ge=0)
+    kv_memory_bytes: Size = Field(default=1 << 30, ge=1 << 16)
+
+
+class DecodeSection(Section):
+    replicas: int = Field(default=1, ge=1)
+    max_running: int = Field(default=16, ge=1)
+    max_queued: int = Field(default=256, ge=0)
+    kv_memory_bytes: Size = Field(default=1 << 30, ge=1 << 16)
+
+
+class KvStoreSection(StoreConfig):
+    """The store node: its own room's settings, with sizes as people write them."""
+
+    memory_bytes: Size = Field(default=2 << 30, ge=1)
+    max_object_bytes: Size = Field(default=1 << 28, ge=1)
+
+
+class ParallelSection(Section):
+    """How one model is split over devices."""
+
+    tensor: int = Field(default=1, ge=1)
+
+    @field_validator("tensor")
+    @classmethod
+    def _one(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError(f"tensor parallelism over {value} devices is not built yet; use 1")
+        return value
+
+
+class LauncherSection(Section):
+    """What starts the processes."""
+
+    kind: Literal["ray", "local"] = "ray"
+    worker_host: str = "127.0.0.1"
+    store_address: str | None = None
+    """HOST:PORT of a store node that runs already; else one is started."""
+    start_timeout_s: float = Field(default=180.0, gt=0)
+    drain_timeout_s: float = Field(default=30.0, ge=0)
+
+
+class ClusterConfig(Section):
+    """All of it. Travels as JSON from the launcher to the processes."""
+
+    front: FrontSection = FrontSection()
+    model: ModelSection = ModelSection()
+    prefill: PrefillSection = PrefillSection()
+    decode: DecodeSection = DecodeSection()
+    kvstore: KvStoreSection = KvStoreSection()
+    parallel: ParallelSection = ParallelSection()
+    launcher: LauncherSection = LauncherSection()
+
+    @property
+    def served_name(self) -> str:
+        """The name under which clients ask for the model."""
+        return self.model.served_name or Path(self.model.model).name or self.model.model
+
+    def model_spec(self) -> ModelSpec:
+        spec = ModelSpec(**self.model.model_dump())
+        return spec.model_copy(update={"served_name": self.served_name})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value of the resolved configuration."""
+
+    name: str
+    value: Any
+    origin: str
+
+    @property
+    def shown(self) -> Any:
+        """The value, unless it is a secret."""
+        return "(secret)" if self.name in SECRETS and self.value is not None else self.value
+
+
+@dataclass(frozen=True)
+class Resolved:
+    config: ClusterConfig
+    origins: Mapping[str, str]
+    """By dotted name, for each value that is not a default."""
+
+    def settings(self) -> list[Setting]:
+        values = _flatten(self.config.model_dump())
+        return [Setting(n, v, self.origins.get(n, "default")) for n, v in values]
+
+
+def resolve(
+    flags: Mapping[str, Any] | None = None,
+    *,
+    file: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Resolved:
+    """Joins the layers. `flags` maps dotted names to values; None means not given.
+
+    Raises `UsageError` in one sentence that names the setting and the layer it came from.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    layers = (_from_file(file), _from_env(os.environ if env is None else env))
+    for layer in (*layers, [(n, v, "command line") for n, v in (flags or {}).items()]):
+        for name, value, origin in layer:
+            if value is not None or origin.startswith("file"):
+                _put(values, name, value)
+                origins[name] = origin
+    return Resolved(validated(ClusterConfig, values, origins), origins)
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of the configuration file."""
+    return ClusterConfig.model_json_schema()
+
+
+_Layer = Iterable[tuple[str, Any, str]]
+
+
+def _from_file(file: Path | None) -> _Layer:
+    if file is None:
+        return
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_bytes())
+    except OSError as error:
+        raise UsageError(f"cannot read the configuration {file}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{file} is not valid YAML: {reason}") from error
+    if content is None:
+        return
+    if not isinstance(content, dict):
+        raise UsageError(f"{file} must hold sections such as 'front:', not a {type(content)}")
+    for section, fields in content.items():
+        _known_section(str(section), f"file {file}")
+        if not isinstance(fields, dict):
+            raise UsageError(f"section '{section}' of {file} must hold settings, one per line")
+        for name, value in _flatten(fields):
+            yield f"{section}.{name}", value, f"file {file}"
+
+
+def _from_env(env: Mapping[str, str]) -> _Layer:
+    for variable, value in sorted(env.items()):
+        section, separator, name = variable.removeprefix(ENV_PREFIX).partition("__")
+        if not variable.startswith(ENV_PREFIX) or not separator:
+            continue
+        section = section.lower()
+        if section in _ELSEWHERE:
+            continue
+        _known_section(section, f"env {variable}")
+        yield f"{section}.{name.lower().replace('__', '.')}", value, f"env {variable}"
+
+
+def _known_section(section: str, origin: str) -> None:
+    known = ClusterConfig.model_fields
+    if section not in known:
+        hint = did_you_mean(section, known)
+        raise UsageError(f"unknown section '{section}' ({origin}){hint}", param=section)
+
+
+def _put(values: dict[str, Any], name: str, value: Any) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        values = values.setdefault(part, {})
+    values[last] = value
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat = []
+    for key, value in values.items():
+        if isinstance(value, BaseModel | dict):
+            flat += _flatten(dict(value), f"{prefix}{key}.")
+        else:
+            flat.append((f"{prefix}{key}", value))
+    return flat
