@@ -139,6 +139,10 @@ class LauncherSection(Section):
     """What starts the processes."""
 
     kind: Literal["ray", "local"] = "ray"
+    ray_address: str | None = None
+    """Address of a Ray cluster to join; else the launcher starts a Ray of its own."""
+    object_store_bytes: Size = Field(default=128 << 20, ge=80 << 20)
+    """Shared memory of a Ray of its own; neither tokens nor KV pass through it."""
     worker_host: str = "127.0.0.1"
     store_address: str | None = None
     """HOST:PORT of a store node that runs already; else one is started."""
