@@ -223,6 +223,7 @@ class GenerateRequest(_message.Message):
     PREFILL_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     LEASE_TTL_MS_FIELD_NUMBER: _builtins.int
     ADMISSION_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    LOGITS_DIGEST_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     min_tokens: _builtins.int
     ignore_eos: _builtins.bool
@@ -232,6 +233,8 @@ class GenerateRequest(_message.Message):
     lease_ttl_ms: _builtins.int
     admission_timeout_ms: _builtins.int
     """How long to wait for pages before the request is refused."""
+    logits_digest: _builtins.bool
+    """Also send a digest of each token's logits, so that "the same token by every path" can be checked bit for bit."""
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
@@ -251,10 +254,11 @@ class GenerateRequest(_message.Message):
         prefill_timeout_ms: _builtins.int = ...,
         lease_ttl_ms: _builtins.int = ...,
         admission_timeout_ms: _builtins.int = ...,
+        logits_digest: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission_timeout_ms", b"admission_timeout_ms", "evidence", b"evidence", "ignore_eos", b"ignore_eos", "lease_ttl_ms", b"lease_ttl_ms", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "prefill_timeout_ms", b"prefill_timeout_ms", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission_timeout_ms", b"admission_timeout_ms", "evidence", b"evidence", "ignore_eos", b"ignore_eos", "lease_ttl_ms", b"lease_ttl_ms", "logits_digest", b"logits_digest", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "prefill_timeout_ms", b"prefill_timeout_ms", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -345,6 +349,7 @@ class Tokens(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     EVIDENCE_FIELD_NUMBER: _builtins.int
+    LOGITS_DIGESTS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Index of the first of these tokens in the output, counted from 0."""
     text: _builtins.str
@@ -353,6 +358,10 @@ class Tokens(_message.Message):
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def evidence(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvidenceSpan]: ...
+    @_builtins.property
+    def logits_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """First 8 bytes of BLAKE3 of the float32 logits that each token was drawn from, if asked for."""
+
     def __init__(
         self,
         *,
@@ -360,10 +369,11 @@ class Tokens(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         text: _builtins.str = ...,
         evidence: _abc.Iterable[Global___EvidenceSpan] | None = ...,
+        logits_digests: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence", "index", b"index", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence", "index", b"index", "logits_digests", b"logits_digests", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
