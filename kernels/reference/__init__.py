@@ -1,0 +1,1 @@
+"""What each op means, in plain torch: the specification that every faster backend is tested against."""

@@ -1,0 +1,78 @@
+"""Manifold-constrained hyper-connections (deepseek-v4.md 4, T7). Coefficients are fp32 throughout.
+
+Shape suffixes: R rows, S streams, D model width, M mixing outputs (S * (S + 2)).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.reference.lanes import exp, sigmoid
+
+
+def mixing(streams_RSD: Tensor, fn_MX: Tensor, *, norm_eps: float) -> Tensor:
+    """[R, M]: projection of the flattened streams, RMS-normalised afterwards (4.1)."""
+    flat = streams_RSD.reshape(streams_RSD.shape[0], -1).float()
+    mean = (flat * flat).sum(-1, keepdim=True) / flat.shape[-1]
+    return torch.nn.functional.linear(flat, fn_MX) * (1.0 / torch.sqrt(mean + norm_eps))
+
+
+def input_gates(mixed_RM: Tensor, scale_3: Tensor, base_M: Tensor, *, streams: int, eps: float) -> Tensor:
+    """pre [S, R]: the weight of each stream in the sublayer's input."""
+    planes = mixed_RM[:, :streams].t().contiguous()
+    return sigmoid(planes * scale_3[0] + base_M[:streams, None]) + eps
+
+
+def output_gates(
+    mixed_RM: Tensor, scale_3: Tensor, base_M: Tensor, *, streams: int, iters: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """post [S, R] (no eps) and comb [S (from), S (to), R]."""
+    n, rows = streams, mixed_RM.shape[0]
+    planes = mixed_RM[:, n:].t().contiguous()
+    post = 2.0 * sigmoid(planes[:n] * scale_3[1] + base_M[n : 2 * n, None])
+    comb = (planes[n:] * scale_3[2] + base_M[2 * n :, None]).view(n, n, rows)
+    return post, sinkhorn(comb, iters=iters, eps=eps)
+
+
+def _sum_in_order(planes: Tensor, dim: int) -> Tensor:
+    total = planes.select(dim, 0) + planes.select(dim, 1)
+    for index in range(2, planes.shape[dim]):
+        total += planes.select(dim, index)
+    return total
+
+
+def sinkhorn(comb_SSR: Tensor, *, iters: int, eps: float) -> Tensor:
+    """Softmax over the second index, then alternating column and row normalisation, columns last."""
+    comb = exp(comb_SSR - comb_SSR.amax(1, keepdim=True))
+    comb = comb / _sum_in_order(comb, 1)[:, None] + eps
+    comb = comb / (_sum_in_order(comb, 0) + eps)
+    for _ in range(iters - 1):
+        comb /= _sum_in_order(comb, 1).add_(eps)[:, None]
+        comb /= _sum_in_order(comb, 0).add_(eps)
+    return comb
+
+
+def collapse(streams_RSD: Tensor, pre_SR: Tensor) -> Tensor:
+    """[R, D] = sum over streams of pre * stream, fp32, in stream order."""
+    total = streams_RSD[:, 0].float() * pre_SR[0][:, None]
+    for stream in range(1, pre_SR.shape[0]):
+        total += streams_RSD[:, stream].float() * pre_SR[stream][:, None]
+    return total
+
+
+def expand(streams_RSD: Tensor, y_RD: Tensor, post_SR: Tensor, comb_SSR: Tensor) -> Tensor:
+    """X'_k = post_k y + sum over j of comb[j, k] X_j: the sum runs over the FIRST index (4.2)."""
+    streams = streams_RSD.float()
+    out = post_SR.t()[:, :, None] * y_RD.float()[:, None, :]
+    for j in range(comb_SSR.shape[0]):
+        out += comb_SSR[j].t()[:, :, None] * streams[:, j, None, :]
+    return out.to(streams_RSD.dtype)
+
+
+def head_collapse(
+    streams_RSD: Tensor, fn_SX: Tensor, scale_1: Tensor, base_S: Tensor, *, norm_eps: float, eps: float
+) -> Tensor:
+    """Final collapse: sigmoid gates only, no Sinkhorn (4.4)."""
+    mixed = mixing(streams_RSD, fn_SX, norm_eps=norm_eps).t().contiguous()
+    return collapse(streams_RSD, sigmoid(mixed * scale_1 + base_S[:, None]) + eps)

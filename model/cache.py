@@ -1,0 +1,207 @@
+"""One sequence's cache in memory, and its payloads (blocks and states).
+
+Shape suffixes: E entries, W window rows, C channels, D model width.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.reference.indexer import KEY_TILE as INDEX_TILE
+from kernels.reference.lanes import round_up
+from model.codec import RowCodec, fp32_bytes, fp32_rows
+from model.config import CSA_RATIO, ModelConfig
+from model.engine import Buffer
+from model.layout import EVIDENCE_PAIRS, carry_channels
+from penstock.blocks import BLOCK_TOKENS, CacheLayout, Section
+
+ENTRY_TILE = 128
+NO_ENTRY = 0xFFFFFFFF
+
+
+@dataclass
+class LayerCache:
+    """Rows of one layer. `entries_EC` and `index_EC` have room for the whole capacity."""
+
+    ratio: int
+    window_WC: Tensor
+    """The last W rows, oldest first; zeros before position 0."""
+    entries_EC: Tensor
+    index_EC: Tensor
+    carry: Tensor
+    """Raw compressor rows not yet pooled; CSA: preceded by the previous window's rows."""
+    index_carry: Tensor
+
+
+def no_previous_window(ratio: int, dim: int) -> Tensor:
+    """Carry of an empty CSA compressor: value 0 and score -inf (T12)."""
+    carry = torch.zeros(ratio, carry_channels(ratio, dim))
+    carry[:, 2 * dim :] = float("-inf")
+    return carry
+
+
+class SequenceCache:
+    """Cache of one sequence; fulfils the `Sequence` protocol. Memory is taken at construction."""
+
+    def __init__(self, config: ModelConfig, capacity: int) -> None:
+        self._capacity = capacity
+        self._config = config
+        self.position = 0
+        self.loaded_blocks = 0
+        self.released = False
+        self.layers = [_new_layer(config, ratio, capacity) for ratio in config.ratios]
+        self.hidden_D = torch.zeros(config.hidden)
+        self.evidence: list[tuple[int, float]] = []
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    def release(self) -> None:
+        self.released = True
+        self.layers = []
+
+    def export_block(self, layout: CacheLayout, codec: RowCodec, index: int) -> bytes:
+        first = index * BLOCK_TOKENS
+        return b"".join(
+            self._encode(section, codec, first=first) for section in layout.block_sections()
+        )
+
+    def export_state(self, layout: CacheLayout, codec: RowCodec) -> bytes:
+        first = self.position // BLOCK_TOKENS * BLOCK_TOKENS
+        sections = layout.state_sections(self.position)
+        return b"".join(self._encode(section, codec, first=first) for section in sections)
+
+    def _encode(self, section: Section, codec: RowCodec, *, first: int) -> bytes:
+        """Rows of one component; compressed rows start at token `first`."""
+        where, what = _split(section.component.name)
+        if what == "hidden":
+            return fp32_bytes(self.hidden_D)
+        if what == "evidence":
+            return _pack_evidence(self.evidence)
+        layer = self.layers[where]
+        match what:
+            case "kv" | "index":
+                rows = layer.entries_EC if what == "kv" else layer.index_EC
+                at = first // layer.ratio
+                return codec.encode(rows[at : at + section.rows], index=what == "index")
+            case "window":
+                rows = layer.window_WC
+                return codec.encode(rows[rows.shape[0] - section.rows :], index=False)
+            case _:
+                carry = layer.carry if what == "carry" else layer.index_carry
+                return fp32_bytes(carry[carry.shape[0] - section.rows :])
+
+    def load_block(
+        self, layout: CacheLayout, codec: RowCodec, index: int, payload: memoryview
+    ) -> None:
+        for section in layout.block_sections():
+            self._decode(section, codec, payload, first=index * BLOCK_TOKENS)
+        self.loaded_blocks = index + 1
+
+    def load_state(
+        self, layout: CacheLayout, codec: RowCodec, position: int, payload: memoryview
+    ) -> None:
+        self._reset()
+        first = position // BLOCK_TOKENS * BLOCK_TOKENS
+        for section in layout.state_sections(position):
+            self._decode(section, codec, payload, first=first)
+        self.position = position
+
+    def _reset(self) -> None:
+        for layer in self.layers:
+            layer.window_WC.zero_()
+            layer.carry = _empty_carry(layer.ratio, self._config.head_dim)
+            layer.index_carry = _empty_carry(layer.ratio, self._config.index_dim)
+
+    def _decode(
+        self, section: Section, codec: RowCodec, payload: memoryview, *, first: int
+    ) -> None:
+        part: Buffer = payload[section.offset : section.offset + section.size_bytes]
+        where, what = _split(section.component.name)
+        count = section.rows
+        if what == "hidden":
+            self.hidden_D = fp32_rows(part, 1)[0]
+            return
+        if what == "evidence":
+            self.evidence = _unpack_evidence(part)
+            return
+        layer = self.layers[where]
+        match what:
+            case "kv" | "index":
+                rows = layer.entries_EC if what == "kv" else layer.index_EC
+                at = first // layer.ratio
+                rows[at : at + count] = codec.decode(part, count, index=what == "index")
+            case "window":
+                window = layer.window_WC
+                window[window.shape[0] - count :] = codec.decode(part, count, index=False)
+            case "carry":
+                layer.carry = _with_previous(layer.carry, fp32_rows(part, count), layer.ratio)
+            case _:
+                known = fp32_rows(part, count)
+                layer.index_carry = _with_previous(layer.index_carry, known, layer.ratio)
+
+
+def _split(name: str) -> tuple[int, str]:
+    """`layers.3.kv` -> (3, kv); `last.hidden` -> (-1, hidden)."""
+    group, *rest = name.split(".")
+    return (int(rest[0]), rest[1]) if group == "layers" else (-1, rest[0])
+
+
+def _with_previous(empty: Tensor, known: Tensor, ratio: int) -> Tensor:
+    """A CSA carry from before the first full window is preceded by the empty previous window."""
+    if ratio != CSA_RATIO or known.shape[0] >= ratio:
+        return known
+    return torch.cat((empty, known))
+
+
+def _empty_carry(ratio: int, dim: int) -> Tensor:
+    if ratio == CSA_RATIO:
+        return no_previous_window(ratio, dim)
+    return torch.zeros(0, carry_channels(ratio, dim))
+
+
+def entry_rows(ratio: int, capacity: int, tile: int) -> int:
+    """Rows kept for `capacity` tokens: whole tiles, at least one."""
+    return max(round_up(capacity // ratio, tile), tile) if ratio else 0
+
+
+def _new_layer(config: ModelConfig, ratio: int, capacity: int) -> LayerCache:
+    csa = ratio == CSA_RATIO
+    return LayerCache(
+        ratio=ratio,
+        window_WC=torch.zeros(config.window, config.head_dim),
+        entries_EC=torch.zeros(entry_rows(ratio, capacity, ENTRY_TILE), config.head_dim),
+        index_EC=torch.zeros(entry_rows(ratio * csa, capacity, INDEX_TILE), config.index_dim),
+        carry=_empty_carry(ratio, config.head_dim),
+        index_carry=_empty_carry(ratio * csa, config.index_dim),
+    )
+
+
+def cache_bytes(config: ModelConfig, capacity: int) -> int:
+    """Memory of a `SequenceCache`, from the shapes above."""
+    floats = config.hidden
+    for ratio in config.ratios:
+        csa = ratio == CSA_RATIO
+        rows = entry_rows(ratio, capacity, ENTRY_TILE)
+        floats += (config.window + rows) * config.head_dim
+        floats += entry_rows(ratio * csa, capacity, INDEX_TILE) * config.index_dim
+        if ratio:
+            floats += 2 * ratio * carry_channels(ratio, config.head_dim)
+        if csa:
+            floats += 2 * ratio * carry_channels(ratio, config.index_dim)
+    return 4 * floats
+
+
+def _pack_evidence(pairs: list[tuple[int, float]]) -> bytes:
+    filled = pairs + [(NO_ENTRY, 0.0)] * (EVIDENCE_PAIRS - len(pairs))
+    return b"".join(struct.pack("<If", entry, mass) for entry, mass in filled)
+
+
+def _unpack_evidence(payload: Buffer) -> list[tuple[int, float]]:
+    pairs = struct.iter_unpack("<If", payload)
+    return [(entry, mass) for entry, mass in pairs if entry != NO_ENTRY]

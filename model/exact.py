@@ -1,0 +1,76 @@
+"""Start-up check of the numerics class `exact` on the machine at hand.
+
+Which matrix shapes a BLAS computes row by row alike is a property of the library and the CPU, so it
+is measured, not assumed: each product that the model uses runs with several row (or batch) counts,
+and every row must come out bit for bit the same. If whole products fail, tiles of 16 rows are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.reference.lanes import ROW_MULTIPLE
+from penstock.errors import ModelLoadError
+
+_ROW_COUNTS = (16, 32, 48, 64, 80, 128, 144, 256)
+_ROW_TOTAL = 1040
+_BATCH_COUNTS = (1, 2, 3, 5, 16, 33)
+_BATCH_TOTAL = 64
+_MOST_ELEMENTS = 1 << 22
+
+
+def row_tile_for(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int | None:
+    """None if products of (K, N) may take any multiple of 16 rows, else the tile that they need."""
+    wanted = sorted(set(shapes))
+    if all(_rows_alike(k, n, dtype, F.linear) for k, n in wanted):
+        return None
+
+    def tiled(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat([F.linear(part, weight) for part in x.split(ROW_MULTIPLE)])
+
+    for k, n in wanted:
+        if not _rows_alike(k, n, dtype, tiled):
+            raise ModelLoadError(
+                f"this machine's {dtype} product of {k} x {n} depends on the row's place even in "
+                f"tiles of {ROW_MULTIPLE} rows; numerics class 'exact' is not possible here, "
+                "use 'fast'"
+            )
+    return ROW_MULTIPLE
+
+
+def check_batches(shapes: Iterable[tuple[int, int, int]]) -> None:
+    """Raise unless batched fp32 products (rows, K, N) are the same for every batch count."""
+    for m, k, n in sorted(set(shapes)):
+        total = max(4, min(_BATCH_TOTAL, _MOST_ELEMENTS // (m * k + k * n + m * n)))
+        generator = torch.Generator().manual_seed(m * 7 + k * 3 + n)
+        a = torch.randn((total, m, k), generator=generator)
+        b = torch.randn((total, n, k), generator=generator).transpose(1, 2)
+        whole = torch.bmm(a, b)
+        for count in (c for c in _BATCH_COUNTS if c < total):
+            first = min(3, total - count)
+            part = torch.bmm(a[first : first + count], b[first : first + count])
+            if not torch.equal(part, whole[first : first + count]):
+                raise ModelLoadError(
+                    f"this machine's batched product of {m} x {k} x {n} depends on the batch; "
+                    "numerics class 'exact' is not possible here, use 'fast'"
+                )
+
+
+def _rows_alike(
+    k: int, n: int, dtype: torch.dtype, product: Callable[[Tensor, Tensor], Tensor]
+) -> bool:
+    generator = torch.Generator().manual_seed(k * 3 + n)
+    total = max(96, min(_ROW_TOTAL, _MOST_ELEMENTS // max(k, n) // ROW_MULTIPLE * ROW_MULTIPLE))
+    x = torch.randn((total, k), generator=generator).to(dtype)
+    weight = torch.randn((n, k), generator=generator).to(dtype)
+    whole = product(x, weight)
+    for count in (c for c in _ROW_COUNTS if c < total):
+        for first in {0, ROW_MULTIPLE, total - count}:
+            part = product(x[first : first + count].contiguous(), weight)
+            if not torch.equal(part, whole[first : first + count]):
+                return False
+    return True

@@ -1,0 +1,26 @@
+"""A matrix product whose rows do not depend on each other (architecture.md, "Numerics classes").
+
+Shape suffixes: R rows (a multiple of 16), K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x W^T. `row_tile` None: all rows in one product; else in tiles of that many rows."""
+
+    weight_NK: Tensor
+    row_tile: int | None = None
+
+    def __call__(self, x_RK: Tensor) -> Tensor:
+        x = x_RK.to(self.weight_NK.dtype)
+        if self.row_tile is None or x.shape[0] <= self.row_tile:
+            return F.linear(x, self.weight_NK)
+        return torch.cat([F.linear(part, self.weight_NK) for part in x.split(self.row_tile)])

@@ -1,0 +1,372 @@
+"""`TorchEngine`: the `Engine` contract on torch (deepseek-v4.md; architecture.md, "Numerics classes").
+
+`forward` cuts its segments into passes of at most `PASS_ROWS` rows, and at every position whose
+state is wanted: in class `exact` a cut changes nothing, so any cut is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import ops as kernel_ops
+from kernels.reference.lanes import ROW_MULTIPLE, round_up
+from model.cache import ENTRY_TILE, SequenceCache, cache_bytes
+from model.codec import RowCodec
+from model.config import CSA_RATIO, ModelConfig
+from model.engine import Buffer, EngineInfo, Evidence, Segment, SegmentResult, Sequence
+from model.exact import check_batches, row_tile_for
+from model.layout import LAYOUT_VERSION, KvFormat, cache_layout
+from model.network import Chunk, Network
+from model.rows import QUERY_TILE, Span
+from model.weights import load_weights
+from penstock.blocks import BLOCK_TOKENS
+from penstock.errors import ModelLoadError
+from penstock.identity import fingerprint
+
+PASS_ROWS = 1024
+_NUMERICS = ("exact", "fast")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_engine(
+    folder: Path | str,
+    *,
+    kv_cache_dtype: str = "fp8",
+    dtype: str = "auto",
+    numerics: str = "exact",
+    device: str = "cpu",
+    max_model_len: int | None = None,
+) -> TorchEngine:
+    """Load an official model folder. Raises `ModelLoadError` with one sentence.
+
+    Class `exact` sets torch to one thread: a product split over threads may round differently.
+    """
+    kv = _choice("kv_cache_dtype", kv_cache_dtype, [k.value for k in KvFormat])
+    chosen = _choice("dtype", dtype, ["auto", *_DTYPES])
+    numerics = _choice("numerics", numerics, list(_NUMERICS))
+    if device != "cpu":
+        raise ModelLoadError(f"device {device!r} is not supported yet; use 'cpu'")
+    try:
+        ops = kernel_ops.load()
+    except kernel_ops.BackendError as error:
+        raise ModelLoadError(str(error)) from None
+    config = ModelConfig.load(folder)
+    limit = config.max_positions if max_model_len is None else max_model_len
+    if not 0 < limit <= config.max_positions:
+        raise ModelLoadError(
+            f"max_model_len {limit} is outside 1..{config.max_positions}, "
+            "the model's max_position_embeddings"
+        )
+    options = EngineOptions(
+        kv=KvFormat(kv),
+        dtype="float32" if chosen == "auto" else chosen,
+        numerics=numerics,
+        max_model_len=limit,
+    )
+    weights = load_weights(folder, config)
+    if numerics == "exact":
+        torch.set_num_threads(1)
+    return TorchEngine(
+        config, weights.tensors, weights_digest=weights.digest, options=options, ops=ops
+    )
+
+
+def _choice(name: str, value: str, allowed: list[str]) -> str:
+    if value not in allowed:
+        raise ModelLoadError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+    return value
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    kv: KvFormat
+    dtype: str
+    numerics: str
+    max_model_len: int
+
+
+class TorchLogits:
+    """Rows of a [R, V] fp32 tensor."""
+
+    def __init__(self, rows_RV: Tensor) -> None:
+        self._rows = rows_RV.contiguous().numpy()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, index: int) -> memoryview:
+        return memoryview(self._rows[index]).toreadonly()
+
+
+class TorchEngine:
+    """See the module. One thread at a time; starts none itself."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: dict[str, Tensor],
+        *,
+        weights_digest: str,
+        options: EngineOptions,
+        ops: kernel_ops.ReferenceOps,
+    ) -> None:
+        self._config = config
+        self._codec = RowCodec(config, options.kv, ops)
+        self._layout = cache_layout(config, options.kv)
+        row_tile = None
+        if options.numerics == "exact":
+            row_tile = _check_machine(config, tensors, _DTYPES[options.dtype])
+        with torch.inference_mode():
+            self._network = Network(
+                config,
+                tensors,
+                ops=ops,
+                codec=self._codec,
+                dtype=_DTYPES[options.dtype],
+                row_tile=row_tile,
+            )
+        self._open: dict[int, SequenceCache] = {}
+        self._info = EngineInfo(
+            fingerprint=fingerprint(
+                _facts(config, options, weights_digest, self._layout.to_json(), ops.name, row_tile)
+            ),
+            layout=self._layout,
+            vocab_size=config.vocab_size,
+            max_model_len=options.max_model_len,
+            eos_token_ids=config.eos_token_ids,
+            numerics=options.numerics,
+            description=(
+                f"torch {torch.__version__} cpu, {config.layers} layers, kv {options.kv.value}, "
+                f"{options.dtype}"
+            ),
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def open_sequences(self) -> int:
+        return len(self._open)
+
+    def bytes_for(self, tokens: int) -> int:
+        return cache_bytes(self._config, tokens)
+
+    def open(self, capacity: int) -> SequenceCache:
+        if not 0 < capacity <= self._info.max_model_len:
+            raise ValueError(f"capacity {capacity} is outside 1..{self._info.max_model_len}")
+        sequence = SequenceCache(self._config, capacity)
+        self._open[id(sequence)] = sequence
+        return sequence
+
+    def release(self, sequence: Sequence) -> None:
+        mine = self._mine(sequence)
+        mine.release()
+        self._open.pop(id(mine), None)
+
+    @torch.inference_mode()
+    def load_block(self, sequence: Sequence, index: int, payload: Buffer) -> None:
+        mine = self._live(sequence)
+        if len(payload) != self._layout.block_bytes:
+            raise ValueError(f"a block has {self._layout.block_bytes} bytes, not {len(payload)}")
+        if mine.position or mine.loaded_blocks != index:
+            raise ValueError(f"block {index} is out of order")
+        if (index + 1) * BLOCK_TOKENS > mine.capacity:
+            raise ValueError(f"block {index} is beyond the sequence's capacity {mine.capacity}")
+        mine.load_block(self._layout, self._codec, index, memoryview(payload))
+
+    @torch.inference_mode()
+    def load_state(self, sequence: Sequence, position: int, payload: Buffer) -> None:
+        mine = self._live(sequence)
+        if len(payload) != self._layout.state_bytes(position):
+            raise ValueError(
+                f"this state has {self._layout.state_bytes(position)} bytes, not {len(payload)}"
+            )
+        if mine.position:
+            raise ValueError(f"this sequence is at position {mine.position} already")
+        if mine.loaded_blocks < position // BLOCK_TOKENS:
+            raise ValueError(f"state at {position} needs {position // BLOCK_TOKENS} blocks first")
+        if position > mine.capacity:
+            raise ValueError(f"position {position} is beyond the capacity {mine.capacity}")
+        mine.load_state(self._layout, self._codec, position, memoryview(payload))
+
+    @torch.inference_mode()
+    def forward(self, segments: Seq[Segment]) -> list[SegmentResult]:
+        work = [self._checked(segment) for segment in segments]
+        if len({id(item.cache) for item in work}) != len(work):
+            raise ValueError("a sequence appears in two segments of one forward")
+        results = [SegmentResult() for _ in work]
+        pending = [item for item in work if item.tokens]
+        while pending:
+            chunks = _next_pass(pending)
+            self._network.forward(chunks)
+            for chunk in chunks:
+                item = next(w for w in pending if w.cache is chunk.span.cache)
+                item.done += chunk.span.count
+                if item.cache.position in item.states_at:
+                    state = item.cache.export_state(self._layout, self._codec)
+                    results[work.index(item)].states[item.cache.position] = state
+            pending = [item for item in pending if item.done < len(item.tokens)]
+        return results
+
+    @torch.inference_mode()
+    def export_block(self, sequence: Sequence, index: int) -> bytes:
+        mine = self._live(sequence)
+        if index < 0 or (index + 1) * BLOCK_TOKENS > mine.position:
+            raise ValueError(f"block {index} is not complete at position {mine.position}")
+        return mine.export_block(self._layout, self._codec, index)
+
+    @torch.inference_mode()
+    def export_state(self, sequence: Sequence) -> bytes:
+        mine = self._live(sequence)
+        if mine.position < 1:
+            raise ValueError("an empty sequence has no state")
+        return mine.export_state(self._layout, self._codec)
+
+    @torch.inference_mode()
+    def logits(self, sequences: Seq[Sequence]) -> TorchLogits:
+        mine = [self._live(sequence) for sequence in sequences]
+        if any(sequence.position < 1 for sequence in mine):
+            raise ValueError("an empty sequence has no next-token logits")
+        if not mine:
+            return TorchLogits(torch.empty((0, self._config.vocab_size)))
+        return TorchLogits(self._network.logits(torch.stack([s.hidden_D for s in mine])))
+
+    def evidence(self, sequence: Sequence) -> list[Evidence]:
+        mine = self._live(sequence)
+        return [
+            Evidence(entry * CSA_RATIO, (entry + 1) * CSA_RATIO, mass)
+            for entry, mass in mine.evidence
+        ]
+
+    def close(self) -> None:
+        for sequence in self._open.values():
+            sequence.release()
+        self._open.clear()
+
+    def _mine(self, sequence: Sequence) -> SequenceCache:
+        known = isinstance(sequence, SequenceCache)
+        if not known or not (sequence.released or id(sequence) in self._open):
+            raise ValueError("this sequence belongs to another engine")
+        return sequence
+
+    def _live(self, sequence: Sequence) -> SequenceCache:
+        mine = self._mine(sequence)
+        if mine.released:
+            raise ValueError("this sequence has been released")
+        return mine
+
+    def _checked(self, segment: Segment) -> _Work:
+        mine = self._live(segment.sequence)
+        tokens = list(segment.tokens)
+        end = mine.position + len(tokens)
+        if end > mine.capacity:
+            raise ValueError(
+                f"{len(tokens)} tokens at position {mine.position} exceed the capacity "
+                f"{mine.capacity}"
+            )
+        if tokens and not (min(tokens) >= 0 and max(tokens) < self._config.vocab_size):
+            raise ValueError(f"a token id is outside the vocabulary of {self._config.vocab_size}")
+        wanted = segment.states_at
+        ascending = all(a < b for a, b in zip(wanted, wanted[1:], strict=False))
+        if wanted and not (ascending and mine.position < wanted[0] and wanted[-1] <= end):
+            raise ValueError(
+                f"states_at {wanted} must ascend inside ({mine.position}, {end}]"
+            )
+        return _Work(mine, tokens, wanted)
+
+
+@dataclass
+class _Work:
+    """A segment under way: `done` of its tokens are absorbed."""
+
+    cache: SequenceCache
+    tokens: list[int]
+    states_at: tuple[int, ...]
+    done: int = 0
+
+    def take(self, budget: int) -> list[int]:
+        """Next tokens: within the budget, and not beyond the next wanted state."""
+        position = self.cache.position
+        stop = next((p - position for p in self.states_at if p > position), budget)
+        return self.tokens[self.done : self.done + min(budget, stop)]
+
+
+def _next_pass(pending: list[_Work]) -> list[Chunk]:
+    """Chunks of up to `PASS_ROWS` rows, every sequence at most once."""
+    chunks: list[Chunk] = []
+    row = 0
+    for item in pending:
+        if row >= PASS_ROWS:
+            break
+        tokens = item.take(PASS_ROWS - row)
+        chunks.append(Chunk(Span(item.cache, row, len(tokens), item.cache.position), tokens))
+        row += len(tokens)
+    return chunks
+
+
+def _check_machine(
+    config: ModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> int | None:
+    """Row tile for linears; raises if this machine cannot be exact (model.exact)."""
+    shapes: dict[torch.dtype, set[tuple[int, int]]] = {torch.float32: set(), dtype: set()}
+    for name, tensor in tensors.items():
+        if tensor.dim() != 2 or not tensor.is_floating_point() or name == "embed.weight":
+            continue
+        rows, inputs = tensor.shape
+        fp32 = "hc_" in name or "compressor" in name or "gate.weight" in name or name[:4] == "head"
+        kind = torch.float32 if fp32 else dtype
+        if name.endswith(("wkv.weight", ".w1.weight")) and "attn.wkv" not in name:
+            rows *= 2
+        if "wo_a" in name:
+            rows //= config.o_groups
+        shapes[kind].add((inputs, rows))
+    heads = config.heads * QUERY_TILE
+    keys = round_up(config.window + QUERY_TILE, ROW_MULTIPLE)
+    batches = [(heads, config.head_dim, keys), (heads, keys, config.head_dim)]
+    for rows in (ROW_MULTIPLE, 4 * ROW_MULTIPLE):
+        batches.append((rows, config.head_dim, ENTRY_TILE))
+        batches.append((rows, ENTRY_TILE, config.head_dim))
+    if config.last_csa_layer is not None:
+        few = round_up(config.heads, ROW_MULTIPLE)
+        slots = round_up(config.index_topk, ROW_MULTIPLE)
+        batches += [(few, config.head_dim, slots), (few, slots, config.head_dim)]
+    check_batches(batches)
+    tiles = [row_tile_for(wanted, kind) for kind, wanted in shapes.items()]
+    return next((tile for tile in tiles if tile is not None), None)
+
+
+def _facts(
+    config: ModelConfig,
+    options: EngineOptions,
+    weights_digest: str,
+    layout: str,
+    kernel_set: str,
+    row_tile: int | None,
+) -> dict[str, object]:
+    """All that changes the stored numbers (architecture.md). Class `fast` leaves the platform out."""
+    facts: dict[str, object] = {
+        "weights": weights_digest,
+        "config": config.facts(),
+        "kv": options.kv.value,
+        "dtype": options.dtype,
+        "numerics": options.numerics,
+        "layout": layout,
+        "layout_version": LAYOUT_VERSION,
+        "block_tokens": BLOCK_TOKENS,
+    }
+    if options.numerics == "exact":
+        facts["parallel"] = {"tp": 1, "ep": 1, "cp": 1}
+        facts["platform"] = {
+            "device": "cpu",
+            "isa": torch.backends.cpu.get_cpu_capability(),
+            "torch": torch.__version__,
+            "kernels": kernel_set,
+            "row_tile": row_tile or 0,
+        }
+    return facts

@@ -1,0 +1,201 @@
+"""Loading an official model folder: every tensor checked by name, shape and type (deepseek-v4.md 6).
+
+bf16 and fp32 tensors only; FP8 and FP4 weights are refused by name until their loader exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.config import CSA_RATIO, ModelConfig
+from penstock.errors import ModelLoadError
+
+_FLOATS = {"BF16": torch.bfloat16, "F32": torch.float32}
+_INTEGERS = {"I64": torch.int64, "I32": torch.int32}
+_QUANTISED = {"F8_E4M3", "F8_E8M0", "I8", "U8", "F4"}
+_INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the config says a tensor must be."""
+
+    shape: tuple[int, ...]
+    integer: bool = False
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors as stored, by official name, and a digest of all names, shapes, types and bytes."""
+
+    tensors: dict[str, Tensor]
+    digest: str
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, Expected]:
+    """The backbone's tensor table (deepseek-v4.md 6); `mtp.*` is not part of it."""
+    c = config
+    mixes = c.streams * (c.streams + 2)
+    table = {
+        "embed.weight": Expected((c.vocab_size, c.hidden)),
+        "head.weight": Expected((c.vocab_size, c.hidden)),
+        "norm.weight": Expected((c.hidden,)),
+        "hc_head_fn": Expected((c.streams, c.streams * c.hidden)),
+        "hc_head_base": Expected((c.streams,)),
+        "hc_head_scale": Expected((1,)),
+    }
+    for layer, ratio in enumerate(c.ratios):
+        own: dict[str, Expected] = {
+            "attn_norm.weight": Expected((c.hidden,)),
+            "ffn_norm.weight": Expected((c.hidden,)),
+            "attn.wq_a.weight": Expected((c.q_rank, c.hidden)),
+            "attn.q_norm.weight": Expected((c.q_rank,)),
+            "attn.wq_b.weight": Expected((c.heads * c.head_dim, c.q_rank)),
+            "attn.wkv.weight": Expected((c.head_dim, c.hidden)),
+            "attn.kv_norm.weight": Expected((c.head_dim,)),
+            "attn.wo_a.weight": Expected(
+                (c.o_groups * c.o_rank, c.heads // c.o_groups * c.head_dim)
+            ),
+            "attn.wo_b.weight": Expected((c.hidden, c.o_groups * c.o_rank)),
+            "attn.attn_sink": Expected((c.heads,)),
+            "ffn.gate.weight": Expected((c.experts, c.hidden)),
+        }
+        for part in ("attn", "ffn"):
+            own[f"hc_{part}_fn"] = Expected((mixes, c.streams * c.hidden))
+            own[f"hc_{part}_base"] = Expected((mixes,))
+            own[f"hc_{part}_scale"] = Expected((3,))
+        if ratio:
+            own |= _compressor("attn.compressor.", c.hidden, ratio, c.head_dim)
+        if ratio == CSA_RATIO:
+            own |= _compressor("attn.indexer.compressor.", c.hidden, ratio, c.index_dim)
+            own["attn.indexer.wq_b.weight"] = Expected((c.index_heads * c.index_dim, c.q_rank))
+            own["attn.indexer.weights_proj.weight"] = Expected((c.index_heads, c.hidden))
+        if layer < c.hash_layers:
+            own["ffn.gate.tid2eid"] = Expected((c.vocab_size, c.active_experts), integer=True)
+        else:
+            own["ffn.gate.bias"] = Expected((c.experts,))
+        for expert in (*(f"experts.{e}" for e in range(c.experts)), "shared_experts"):
+            own[f"ffn.{expert}.w1.weight"] = Expected((c.expert_width, c.hidden))
+            own[f"ffn.{expert}.w3.weight"] = Expected((c.expert_width, c.hidden))
+            own[f"ffn.{expert}.w2.weight"] = Expected((c.hidden, c.expert_width))
+        table |= {f"layers.{layer}.{name}": value for name, value in own.items()}
+    return table
+
+
+def _compressor(prefix: str, hidden: int, ratio: int, dim: int) -> dict[str, Expected]:
+    wide = dim * (2 if ratio == CSA_RATIO else 1)
+    return {
+        prefix + "ape": Expected((ratio, wide)),
+        prefix + "wkv.weight": Expected((wide, hidden)),
+        prefix + "wgate.weight": Expected((wide, hidden)),
+        prefix + "norm.weight": Expected((dim,)),
+    }
+
+
+def load_weights(folder: Path | str, config: ModelConfig) -> Weights:
+    """Read and check all tensors. One `ModelLoadError` sentence names everything that is wrong."""
+    root = Path(folder)
+    expected = expected_tensors(config)
+    problems: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    for name, path in _locations(root).items():
+        if name.startswith("mtp."):
+            continue
+        if name not in expected:
+            if name.endswith(".scale") and name.removesuffix(".scale") + ".weight" in expected:
+                problems.append(f"{name} is the scale of an FP8 or FP4 weight (not supported yet)")
+            else:
+                problems.append(f"{name} is unexpected")
+            continue
+        tensors |= _read(path, name, expected[name], problems)
+    problems += [f"{name} is missing" for name in expected if name not in tensors]
+    _refuse(root, problems, known=set(expected))
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            problems.append(f"{name} has values that are not finite")
+        elif not tensor.is_floating_point() and not _within(tensor, config.experts):
+            problems.append(f"{name} names experts outside 0..{config.experts - 1}")
+    _refuse(root, problems, known=set(expected))
+    return Weights(tensors, _digest(tensors))
+
+
+def _within(table: Tensor, experts: int) -> bool:
+    return int(table.min()) >= 0 and int(table.max()) < experts
+
+
+def _refuse(root: Path, problems: list[str], *, known: set[str]) -> None:
+    if not problems:
+        return
+    # A tensor that was refused for its shape or type is not missing as well.
+    named = {text.split(" ", 1)[0] for text in problems if not text.endswith("is missing")}
+    kept = [t for t in problems if not (t.endswith("is missing") and t.split(" ", 1)[0] in named)]
+    raise ModelLoadError(f"{root} does not fit its config.json: {'; '.join(kept)}")
+
+
+def _locations(root: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the index if there is one, else from the files themselves."""
+    index = root / _INDEX_FILE
+    if index.exists():
+        try:
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {str(name): root / str(file) for name, file in listed.items()}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelLoadError(f"{index} cannot be read as a tensor index: {error!r}") from None
+    files = sorted(root.glob("*.safetensors"))
+    found: dict[str, Path] = {}
+    for path in files:
+        for name in _names(path):
+            if name in found:
+                raise ModelLoadError(f"{name} is in both {found[name].name} and {path.name}")
+            found[name] = path
+    if not found:
+        raise ModelLoadError(f"{root} holds no *.safetensors file with tensors")
+    return found
+
+
+def _names(path: Path) -> Iterator[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield from file.keys()
+    except (SafetensorError, OSError) as error:
+        raise ModelLoadError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _read(path: Path, name: str, expected: Expected, problems: list[str]) -> dict[str, Tensor]:
+    """{name: tensor}, or nothing and a line in `problems`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if name not in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+                problems.append(f"{name} is listed in the index but not in {path.name}")
+                return {}
+            view = file.get_slice(name)
+            kind, shape = view.get_dtype(), tuple(view.get_shape())
+            allowed = _INTEGERS if expected.integer else _FLOATS
+            if kind in _QUANTISED and not expected.integer:
+                problems.append(f"{name} is {kind} (FP8 and FP4 weights are not supported yet)")
+            elif kind not in allowed:
+                problems.append(f"{name} is {kind}, not {' or '.join(allowed)}")
+            elif shape != expected.shape:
+                problems.append(f"{name} is {list(shape)}, not {list(expected.shape)}")
+            else:
+                return {name: file.get_tensor(name)}
+    except (SafetensorError, OSError) as error:
+        raise ModelLoadError(f"{path} is not a whole safetensors file: {error}") from None
+    return {}
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+    return total.hexdigest()
