@@ -1,0 +1,242 @@
+"""One answer on its way out: runs `Service.generate`, streams or collects, cancels on disconnect.
+
+The status line waits for the first event, so that a refusal keeps its HTTP status; it does not wait
+for the first token. Three tasks share a response: the pump, a watcher that cancels the pump when
+the client goes away, and a ticker that breaks long silences.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, cast
+
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from cluster.api import errors
+from cluster.api.render import KEEP_ALIVE, EvidenceText, Render, progress_comment, sse
+from cluster.contracts import Service
+from penstock.errors import DeadlineError, PenstockError
+from penstock.request import Event, Finish, Progress, Request, TokenChunk
+from penstock.telemetry import RequestMeter
+
+_log = logging.getLogger(__name__)
+_SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    # Proxies of the nginx family would hold the stream back.
+    (b"x-accel-buffering", b"no"),
+]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All that is needed to produce one answer."""
+
+    request: Request
+    render: Render
+    evidence: EvidenceText | None
+    meter: RequestMeter
+    stream: bool
+    keep_alive_s: float
+    timeout_s: float
+
+
+class AnswerResponse(Response):
+    """The ASGI side of an `Answer`. `on_end` is called once, whatever happened."""
+
+    def __init__(self, service: Service, answer: Answer, on_end: Callable[[], None]) -> None:
+        super().__init__()
+        self._service = service
+        self._answer = answer
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        wire = _Wire(send)
+        work = self._stream if self._answer.stream else self._collect
+        pump = asyncio.create_task(self._pump(work, wire, scope, receive))
+        watcher = asyncio.create_task(_gone(receive))
+        helpers = [watcher]
+        if self._answer.stream:
+            helpers.append(
+                asyncio.create_task(_tick(wire, self._answer.keep_alive_s, self._answer.render))
+            )
+        try:
+            await asyncio.wait({pump, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if not pump.done():
+                pump.cancel()
+            await asyncio.wait({pump})
+        finally:
+            for task in (pump, *helpers):
+                task.cancel()
+            await asyncio.gather(pump, *helpers, return_exceptions=True)
+            # Counts only if nothing else has: then the client went away.
+            self._answer.meter.end("cancelled")
+            self._on_end()
+
+    async def _pump(
+        self,
+        work: Callable[[_Wire], Awaitable[None]],
+        wire: _Wire,
+        scope: Scope,
+        receive: Receive,
+    ) -> None:
+        try:
+            try:
+                async with asyncio.timeout(self._answer.timeout_s):
+                    await work(wire)
+            except TimeoutError:
+                raise DeadlineError(
+                    f"the answer was not ready after {self._answer.timeout_s:.0f} s; ask for less "
+                    "or raise front.request_timeout_s"
+                ) from None
+        except PenstockError as error:
+            await self._fail(error, wire, scope, receive)
+        except OSError:
+            # The transport broke while sending: the client is gone.
+            return
+        except Exception:
+            _log.exception("request %s failed", self._answer.request.request_id)
+            await self._fail(errors.unexpected(), wire, scope, receive)
+
+    async def _fail(
+        self, error: PenstockError, wire: _Wire, scope: Scope, receive: Receive
+    ) -> None:
+        self._answer.meter.end("refused" if error.http_status < 500 else "failed")
+        await wire.fail(error, scope, receive)
+
+    def _events(self) -> Any:
+        """As a closing context: leaving it cancels the request."""
+        # Every `generate` is an async generator; the contract promises an iterator with aclose.
+        return aclosing(cast(Any, self._service.generate(self._answer.request)))
+
+    async def _stream(self, wire: _Wire) -> None:
+        answer, render, meter = self._answer, self._answer.render, self._answer.meter
+        async with self._events() as events:
+            async for event in cast(AsyncIterator[Event], events):
+                if not wire.started:
+                    await wire.start_stream(render.opening())
+                if isinstance(event, TokenChunk):
+                    found = (
+                        answer.evidence.objects(event.evidence)
+                        if event.evidence and answer.evidence
+                        else None
+                    )
+                    if event.text:
+                        meter.text()
+                    if found:
+                        await wire.write(render.text_with_evidence(event.text, found))
+                    elif event.text:
+                        await wire.write(render.text(event.text))
+                elif isinstance(event, Progress):
+                    await wire.write(progress_comment(event))
+                else:
+                    await self._finish(event, wire)
+                    return
+        raise errors.unexpected()
+
+    async def _finish(self, finish: Finish, wire: _Wire) -> None:
+        answer = self._answer
+        last = answer.render.text(finish.text) if finish.text else b""
+        timings = {**finish.timings, **answer.meter.timings()}
+        answer.meter.end(finish.reason, finish.usage)
+        await wire.end(last + answer.render.closing(finish, timings))
+
+    async def _collect(self, wire: _Wire) -> None:
+        answer = self._answer
+        texts: list[str] = []
+        async with self._events() as events:
+            async for event in cast(AsyncIterator[Event], events):
+                if isinstance(event, TokenChunk):
+                    if event.text:
+                        answer.meter.text()
+                        texts.append(event.text)
+                    if event.evidence and answer.evidence:
+                        answer.evidence.objects(event.evidence)
+                elif isinstance(event, Finish):
+                    text = "".join((*texts, event.text))
+                    timings = {**event.timings, **answer.meter.timings()}
+                    found = answer.evidence.of_answer() if answer.evidence else None
+                    answer.meter.end(event.reason, event.usage)
+                    await wire.whole(answer.render.whole(text, event, timings, found))
+                    return
+        raise errors.unexpected()
+
+
+class _Wire:
+    """Serialises what pump and ticker send, and knows when the last byte went."""
+
+    def __init__(self, send: Send) -> None:
+        self.raw = send
+        self.started = False
+        self._ended = False
+        self.last_s = asyncio.get_running_loop().time()
+        self._clock = asyncio.get_running_loop().time
+        self._lock = asyncio.Lock()
+
+    async def start_stream(self, first: bytes) -> None:
+        async with self._lock:
+            if self.started:
+                return
+            self.started = True
+            await self.raw(
+                {"type": "http.response.start", "status": 200, "headers": list(_SSE_HEADERS)}
+            )
+            await self._body(first, more=True)
+
+    async def write(self, data: bytes) -> None:
+        async with self._lock:
+            await self._body(data, more=True)
+
+    async def end(self, data: bytes) -> None:
+        async with self._lock:
+            await self._body(data, more=False)
+
+    async def whole(self, body: bytes) -> None:
+        async with self._lock:
+            self.started = True
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
+            ]
+            await self.raw({"type": "http.response.start", "status": 200, "headers": headers})
+            await self._body(body, more=False)
+
+    async def fail(self, error: PenstockError, scope: Scope, receive: Receive) -> None:
+        """A whole error response, or an error event if the stream has begun."""
+        async with self._lock:
+            if self.started:
+                await self._body(sse(errors.body(error)), more=False)
+            else:
+                self.started = self._ended = True
+                await errors.response(error)(scope, receive, self.raw)
+
+    async def _body(self, data: bytes, *, more: bool) -> None:
+        if self._ended:
+            return
+        self._ended = not more
+        self.last_s = self._clock()
+        await self.raw({"type": "http.response.body", "body": data, "more_body": more})
+
+
+async def _gone(receive: Receive) -> None:
+    """Returns when the client has gone. The body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+async def _tick(wire: _Wire, interval_s: float, render: Render) -> None:
+    clock = asyncio.get_running_loop().time
+    with contextlib.suppress(OSError):
+        while True:
+            wait_s = wire.last_s + interval_s - clock()
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
+                continue
+            await wire.start_stream(render.opening())
+            await wire.write(KEEP_ALIVE)

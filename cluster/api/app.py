@@ -1,0 +1,88 @@
+"""Puts the HTTP API together."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from cluster.api import errors, generate, meta
+from cluster.api.scope import RequestScope
+from cluster.api.state import ApiState
+from cluster.config import FrontSection
+from cluster.contracts import Service
+from penstock.chat import ChatEncoder
+from penstock.errors import PenstockError
+from penstock.telemetry import Telemetry
+from penstock.tokenizer import Tokenizer
+
+
+def create_app(
+    service: Service,
+    *,
+    tokenizer: Tokenizer | None,
+    chat: ChatEncoder | None,
+    config: FrontSection,
+    telemetry: Telemetry,
+    sampling_defaults: Mapping[str, float] | None = None,
+) -> FastAPI:
+    """The app over `service`, which stays its caller's to close.
+
+    `sampling_defaults` is what the model's generation_config.json wants
+    (`penstock.folder.sampling_defaults`). Without a tokenizer only health and metrics work.
+    """
+    state = ApiState(
+        service=service,
+        tokenizer=tokenizer,
+        chat=chat,
+        config=config,
+        telemetry=telemetry,
+        sampling_defaults=sampling_defaults or {},
+    )
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        state.close()
+
+    app = FastAPI(title="Penstock", lifespan=lifespan, redoc_url=None, redirect_slashes=False)
+    app.state.penstock = state
+    app.include_router(generate.router)
+    app.include_router(meta.router)
+    app.add_middleware(RequestScope, state=state)
+    app.add_exception_handler(PenstockError, _penstock_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientDisconnect, _client_gone)
+    return app
+
+
+def _penstock_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, PenstockError):
+        raise error
+    return errors.response(error)
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    """Unknown routes and methods, in the shape of every other error."""
+    if not isinstance(error, HTTPException):
+        raise error
+    place = f"{request.method} {ascii(request.url.path[:200])[1:-1]}"
+    if error.status_code == 404:
+        known = errors.HttpError(404, f"there is nothing at {place}; see /docs", code="unknown_url")
+    elif error.status_code == 405:
+        known = errors.HttpError(
+            405, f"{place} is not possible; see /docs for its method", code="method_not_allowed"
+        )
+    else:
+        known = errors.HttpError(error.status_code, str(error.detail), code="http_error")
+    response = errors.response(known)
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _client_gone(request: Request, error: Exception) -> Response:
+    """Nobody reads it; the count of responses shows it as 499."""
+    return Response(status_code=499)

@@ -1,0 +1,103 @@
+"""Errors as OpenAI's clients expect them: one body shape, one mapping."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import orjson
+from fastapi import Response
+from pydantic import ValidationError
+
+from penstock.errors import InvalidRequestError, PenstockError
+
+_TYPE_NAMES = {
+    "string_type": "a string",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+}
+
+
+class HttpError(PenstockError):
+    """An error that only HTTP knows (route, method, body size)."""
+
+    openai_type = "invalid_request_error"
+
+    def __init__(self, status: int, message: str, *, code: str) -> None:
+        super().__init__(message, code=code)
+        self.http_status = status
+
+
+class ForbiddenValueError(InvalidRequestError):
+    """Something that OpenAI's API has and this server does not (yet)."""
+
+    code = "unsupported_value"
+
+
+def body(error: PenstockError) -> dict[str, Any]:
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.openai_type,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def response(error: PenstockError) -> Response:
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if error.http_status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(
+        orjson.dumps(body(error)), error.http_status, headers, media_type="application/json"
+    )
+
+
+def unexpected() -> PenstockError:
+    """What a client learns of a bug: nothing but that it is one. The log has the rest."""
+    return PenstockError("the server failed on this request; its log has the cause")
+
+
+def from_validation(error: ValidationError) -> InvalidRequestError:
+    """The first fault of a body in one sentence, with its place as `param`."""
+    first = error.errors(include_url=False, include_input=True)[0]
+    param = ""
+    for part in first["loc"]:
+        if isinstance(part, int):
+            param += f"[{part}]"
+        elif part in ("str", "list") or "[" in part:
+            continue  # pydantic's names for the arms of a union
+        else:
+            param += f".{part}" if param else part
+    kind = first["type"]
+    given = first.get("input")
+    if kind == "missing":
+        return InvalidRequestError(
+            f"'{param}' is required", param=param, code="missing_required_parameter"
+        )
+    # Of a union every arm complains; that a type was wrong says enough.
+    wrong = [e["type"] for e in error.errors(include_url=False) if e["loc"][0] == first["loc"][0]]
+    if all(each in _TYPE_NAMES for each in wrong):
+        wanted = " or ".join(dict.fromkeys(_TYPE_NAMES[each] for each in wrong))
+        return InvalidRequestError(
+            f"'{param or 'body'}' must be {wanted}, not {_kind(given)}",
+            param=param or None,
+            code="invalid_type",
+        )
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return InvalidRequestError(f"'{param}': {message}", param=param, code="invalid_value")
+
+
+def _kind(value: Any) -> str:
+    names = {str: "a string", bool: "a boolean", int: "an integer", float: "a fraction"}
+    names |= {list: "a list", dict: "an object", type(None): "null"}
+    return names.get(type(value), type(value).__name__)

@@ -1,0 +1,140 @@
+"""`FakeService`: the `Service` contract in one process over the fake engine. No workers, no gRPC.
+
+For tests of the API and for client development. It has faults and pauses to order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from cluster.contracts import Readiness, ServedModel, WorkerView
+from model.engine import Segment
+from model.fake import EOS, FakeEngine, FakeSettings
+from model.sampler import sample
+from penstock.errors import PenstockError
+from penstock.request import (
+    Event,
+    EvidenceSpan,
+    Finish,
+    Progress,
+    Request,
+    TokenChunk,
+    Usage,
+)
+
+_CHUNK_TOKENS = 2048
+
+
+@dataclass
+class FakePlan:
+    """What the next requests meet. Change it between requests."""
+
+    refuse: PenstockError | None = None
+    """Raised before the first event."""
+    fail_after_tokens: int | None = None
+    break_after_tokens: int | None = None
+    """As `fail_after_tokens`, with an error that nobody expects."""
+    prefill_pause_s: float = 0.0
+    """Before each chunk of the prompt."""
+    token_pause_s: float = 0.0
+    cached_tokens: int = 0
+    ready: bool = True
+
+
+class FakeService:
+    """Counts what it opened and closed, so that leaks show."""
+
+    def __init__(self, *, max_model_len: int = 1 << 20, name: str = "fake") -> None:
+        self._engine = FakeEngine(FakeSettings(max_model_len=max_model_len))
+        self._name = name
+        self._created = int(time.time())
+        self.plan = FakePlan()
+        self.opened = 0
+        self.closed = 0
+        self.requests: list[Request] = []
+        """The latest ones, at most 64."""
+
+    async def model(self) -> ServedModel:
+        info = self._engine.info
+        return ServedModel(self._name, self._created, info.max_model_len, info.fingerprint.hex())
+
+    async def generate(self, request: Request) -> AsyncIterator[Event]:
+        self.opened += 1
+        self.requests = [*self.requests[-63:], request]
+        sequence = self._engine.open(request.total_tokens)
+        try:
+            if self.plan.refuse is not None:
+                raise self.plan.refuse
+            total = len(request.token_ids)
+            cached = min(self.plan.cached_tokens, total - 1)
+            for start in range(0, total, _CHUNK_TOKENS):
+                await asyncio.sleep(self.plan.prefill_pause_s)
+                chunk = request.token_ids[start : start + _CHUNK_TOKENS]
+                self._engine.forward([Segment(sequence, chunk)])
+                yield Progress(start + len(chunk), total, cached)
+            utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+            for index in range(request.stop.max_tokens):
+                await asyncio.sleep(self.plan.token_pause_s)
+                self._break_if_asked(index)
+                forbidden = (
+                    frozenset({EOS})
+                    if request.stop.ignore_eos or index < request.stop.min_tokens
+                    else frozenset[int]()
+                )
+                token = sample(
+                    self._engine.logits([sequence]).row(0),
+                    request.sampling,
+                    position=total + index,
+                    forbidden=forbidden,
+                )
+                if token == EOS:
+                    yield Finish("stop", Usage(total, cached, index))
+                    return
+                found = self._engine.evidence(sequence) if request.evidence else []
+                spans = tuple(EvidenceSpan(e.start, e.end, e.mass) for e in found)
+                self._engine.forward([Segment(sequence, [token])])
+                yield TokenChunk(index, (token,), utf8.decode(bytes([token])), spans)
+            yield Finish("length", Usage(total, cached, request.stop.max_tokens))
+        finally:
+            self._engine.release(sequence)
+            self.closed += 1
+
+    def _break_if_asked(self, index: int) -> None:
+        if index == self.plan.fail_after_tokens:
+            raise PenstockError("the decode worker went away", code="worker_unavailable")
+        if index == self.plan.break_after_tokens:
+            raise RuntimeError("a bug, made on purpose")
+
+    async def readiness(self) -> Readiness:
+        return Readiness(self.plan.ready, "" if self.plan.ready else "no prefill worker")
+
+    async def workers(self) -> list[WorkerView]:
+        info = self._engine.info
+        return [
+            WorkerView(
+                worker_id=f"{role}-0",
+                role=role,
+                address="in-process",
+                running=self.opened - self.closed,
+                queued=0,
+                queued_tokens=0,
+                capacity_bytes=1 << 30,
+                used_bytes=0,
+                draining=False,
+                fingerprint=info.fingerprint,
+                max_model_len=info.max_model_len,
+                bytes_per_token=info.layout.bytes_per_token,
+                metrics={},
+            )
+            for role in ("prefill", "decode")
+        ]
+
+    async def store_stat(self) -> dict[str, float]:
+        return {"used_bytes": 0.0}
+
+    async def close(self) -> None:
+        self._engine.close()

@@ -1,0 +1,179 @@
+"""`/v1/chat/completions` and `/v1/completions`: body to `Request`, then `AnswerResponse`."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from cluster.api.answer import Answer, AnswerResponse
+from cluster.api.intake import parse, read_body, state_of
+from cluster.api.render import ChatRender, EvidenceText, Render, TextRender
+from cluster.api.schema import ChatBody, CompletionBody, Generation
+from cluster.api.state import ApiState
+from cluster.contracts import ServedModel
+from penstock import request as nouns
+from penstock.chat import ChatEncoder, Encoded
+from penstock.errors import ContextLengthError, InvalidRequestError
+from penstock.identity import namespace
+from penstock.tokenizer import Tokenizer
+
+router = APIRouter()
+
+
+def _body_of(schema: type[Generation]) -> dict[str, Any]:
+    """OpenAPI for a body that the route reads by itself."""
+    content = {"application/json": {"schema": schema.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+@router.post("/v1/chat/completions", openapi_extra=_body_of(ChatBody))
+async def chat_completions(request: Request) -> Response:
+    """An answer to a conversation, whole or streamed."""
+    return await _answer(request, _Chat)
+
+
+@router.post("/v1/completions", openapi_extra=_body_of(CompletionBody))
+async def completions(request: Request) -> Response:
+    """A continuation of one prompt, given as text or as token ids."""
+    return await _answer(request, _Text)
+
+
+class _Chat:
+    """How a chat differs from a text completion."""
+
+    endpoint = "chat"
+    id_prefix = "chatcmpl-"
+    param = "messages"
+    schema: type[Generation] = ChatBody
+    render: type[Render] = ChatRender
+
+    @staticmethod
+    def encode(body: Any, chat: ChatEncoder, tokenizer: Tokenizer, scope: bytes) -> Encoded:
+        return chat.encode(body.messages, body.tools, scope=scope)
+
+
+class _Text:
+    endpoint = "completions"
+    id_prefix = "cmpl-"
+    param = "prompt"
+    schema: type[Generation] = CompletionBody
+    render: type[Render] = TextRender
+
+    @staticmethod
+    def encode(body: Any, chat: ChatEncoder, tokenizer: Tokenizer, scope: bytes) -> Encoded:
+        prompt = body.one_prompt()
+        if isinstance(prompt, str):
+            ids = [*chat.start_ids, *tokenizer.encode(prompt)] if prompt else []
+        else:
+            ids = prompt
+            if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
+                raise InvalidRequestError(
+                    f"prompt holds a token id outside the vocabulary of {tokenizer.vocab_size}",
+                    param="prompt",
+                )
+        if not ids:
+            raise InvalidRequestError("the prompt is empty", param="prompt")
+        return Encoded(ids, ())
+
+
+async def _answer(http: Request, kind: type[_Chat] | type[_Text]) -> Response:
+    started_s = time.monotonic()
+    state = state_of(http)
+    tenant: str = http.scope["penstock.tenant"]
+    give_back = state.take_stream()
+    try:
+        raw = await read_body(http, state.config.max_body_bytes)
+        # The text is parsed where it is encoded: tens of megabytes must not stop the event loop.
+        encoded, body, scope = await state.encode(_prepare(raw, kind, state, tenant), len(raw))
+        model = await state.model(body.model)
+        answer = _plan(body, encoded, scope, model, kind, state, started_s)
+    except BaseException:
+        give_back()
+        raise
+    return AnswerResponse(state.service, answer, give_back)
+
+
+def _prepare(
+    raw: bytes, kind: type[_Chat] | type[_Text], state: ApiState, tenant: str
+) -> Callable[[], tuple[Encoded, Generation, bytes]]:
+    chat, tokenizer = state.chat, state.tokenizer
+
+    def work() -> tuple[Encoded, Generation, bytes]:
+        body = parse(kind.schema, raw)
+        scope = namespace(state.config.cluster_key_bytes, tenant, body.cache_salt or "")
+        return kind.encode(body, chat, tokenizer, scope), body, scope
+
+    return work
+
+
+def _plan(
+    body: Generation,
+    encoded: Encoded,
+    scope: bytes,
+    model: ServedModel,
+    kind: type[_Chat] | type[_Text],
+    state: ApiState,
+    started_s: float,
+) -> Answer:
+    """From checked parts to what will run. Raises for what does not fit the model."""
+    prompt = encoded.token_ids
+    answer_id = kind.id_prefix + secrets.token_hex(16)
+    request = nouns.Request(
+        # Not the client's X-Request-Id: leases belong to this id, so nobody else may choose it.
+        request_id=answer_id,
+        token_ids=tuple(prompt),
+        namespace=scope,
+        sampling=body.sampling(state.sampling_defaults, secrets.randbits(63)),
+        stop=body.stop_rule(_max_tokens(body, len(prompt), model.max_model_len, kind, state)),
+        boundaries=encoded.boundaries,
+        evidence=bool(body.evidence),
+    )
+    render = kind.render(
+        answer_id=answer_id,
+        created=int(time.time()),
+        model=model,
+        include_usage=body.include_usage,
+    )
+    return Answer(
+        request=request,
+        render=render,
+        evidence=EvidenceText(state.tokenizer, prompt) if body.evidence else None,
+        meter=state.telemetry.request(kind.endpoint, started_s),
+        stream=bool(body.stream),
+        keep_alive_s=state.config.keep_alive_s,
+        timeout_s=state.config.request_timeout_s,
+    )
+
+
+def _max_tokens(
+    body: Generation,
+    prompt_tokens: int,
+    context: int,
+    kind: type[_Chat] | type[_Text],
+    state: ApiState,
+) -> int:
+    """What was asked for if it fits; without a wish what fits, up to the configured default."""
+    name, asked = body.token_limit
+    room = context - prompt_tokens
+    if room < 1:
+        raise ContextLengthError(
+            f"the prompt has {prompt_tokens} tokens and the model's context is {context}; "
+            "shorten it",
+            param=kind.param,
+        )
+    if asked is None:
+        least = body.min_tokens or 1
+        return max(1, min(room, max(state.config.default_max_tokens, least)))
+    if asked < 1:
+        raise InvalidRequestError(f"{name} must be at least 1, not {asked}", param=name)
+    if asked > room:
+        raise ContextLengthError(
+            f"the prompt has {prompt_tokens} tokens and {name} is {asked}, together more than the "
+            f"model's context of {context}; lower {name} to {room} or less",
+            param=kind.param,
+        )
+    return asked

@@ -1,0 +1,195 @@
+"""Events to the bytes of OpenAI's two response formats. Pure; the per-token path is one join."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from cluster.contracts import ServedModel
+from penstock.request import EvidenceSpan, Finish, Progress, Usage
+from penstock.tokenizer import Tokenizer
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+_MOST_SPANS = 64
+
+
+def progress_comment(event: Progress) -> bytes:
+    return (
+        f": prefill {event.tokens_done}/{event.tokens_total} cached {event.cached_tokens}\n\n"
+    ).encode()
+
+
+def sse(data: Mapping[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    cached = min(usage.cached_tokens, usage.prompt_tokens)
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_cache_hit_tokens": cached,
+        "prompt_cache_miss_tokens": usage.prompt_tokens - cached,
+    }
+
+
+@dataclass
+class EvidenceText:
+    """Spans of prompt tokens with their text; collects them over an answer."""
+
+    tokenizer: Tokenizer
+    prompt: Sequence[int]
+    _heaviest: dict[tuple[int, int], float] = field(default_factory=dict)
+
+    def objects(self, spans: Sequence[EvidenceSpan]) -> list[dict[str, Any]]:
+        found = []
+        for span in spans:
+            start, end = max(0, span.start), min(span.end, len(self.prompt))
+            if start < end:
+                place = start, end
+                self._heaviest[place] = max(span.mass, self._heaviest.get(place, 0.0))
+                found.append(self._object(start, end, span.mass))
+        return found
+
+    def of_answer(self) -> list[dict[str, Any]]:
+        """Each span once with the greatest mass that any token gave it; heaviest first."""
+        order = sorted(self._heaviest.items(), key=lambda item: (-item[1], item[0]))
+        return [self._object(a, b, mass) for (a, b), mass in order[:_MOST_SPANS]]
+
+    def _object(self, start: int, end: int, mass: float) -> dict[str, Any]:
+        text = self.tokenizer.decode(self.prompt[start:end])
+        return {"start": start, "end": end, "mass": mass, "text": text}
+
+
+class Render:
+    """One answer's format. Subclasses name the object and say where the text goes."""
+
+    chunk_object = ""
+    whole_object = ""
+
+    def __init__(
+        self, *, answer_id: str, created: int, model: ServedModel, include_usage: bool = False
+    ) -> None:
+        self._include_usage = include_usage
+        self._head: dict[str, Any] = {
+            "id": answer_id,
+            "created": created,
+            "model": model.name,
+            "system_fingerprint": model.fingerprint,
+        }
+        self._chunk_head = {**self._head, "object": self.chunk_object}
+        # With include_usage every chunk but the last carries a null usage (OpenAI's rule).
+        self._null = {"usage": None} if include_usage else {}
+        before, after = self._around_text()
+        head = orjson.dumps(self._chunk_head)[:-1]
+        self._prefix = b"data: " + head + b',"choices":[{"index":0,' + before
+        tail = b',"usage":null' if include_usage else b""
+        self._suffix = after + b"}]" + tail + b"}\n\n"
+
+    def _around_text(self) -> tuple[bytes, bytes]:
+        """JSON before and after the text within a choice."""
+        raise NotImplementedError
+
+    def _chunk(self, choice: Mapping[str, Any], **more: Any) -> bytes:
+        choices = [{"index": 0, **choice}]
+        return sse({**self._chunk_head, "choices": choices, **self._null, **more})
+
+    def opening(self) -> bytes:
+        """What the stream begins with."""
+        return b""
+
+    def text(self, text: str) -> bytes:
+        return self._prefix + orjson.dumps(text) + self._suffix
+
+    def text_with_evidence(self, text: str, evidence: list[dict[str, Any]]) -> bytes:
+        raise NotImplementedError
+
+    def closing(self, finish: Finish, timings: Mapping[str, float]) -> bytes:
+        """The chunk with the reason, the usage if it is wanted, and the end mark."""
+        last = self._final(finish.reason, timings)
+        if self._include_usage:
+            usage = usage_object(finish.usage)
+            last += sse({**self._chunk_head, "choices": [], "usage": usage, "timings": timings})
+        return last + DONE
+
+    def _final(self, reason: str, timings: Mapping[str, float]) -> bytes:
+        raise NotImplementedError
+
+    def whole(
+        self,
+        text: str,
+        finish: Finish,
+        timings: Mapping[str, float],
+        evidence: list[dict[str, Any]] | None,
+    ) -> bytes:
+        """The body of a response that is not streamed."""
+        choice = {
+            "index": 0,
+            **self._whole_choice(text, evidence),
+            "logprobs": None,
+            "finish_reason": finish.reason,
+        }
+        return orjson.dumps(
+            {
+                **self._head,
+                "object": self.whole_object,
+                "choices": [choice],
+                "usage": usage_object(finish.usage),
+                "timings": timings,
+            }
+        )
+
+    def _whole_choice(self, text: str, evidence: list[dict[str, Any]] | None) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class ChatRender(Render):
+    chunk_object = "chat.completion.chunk"
+    whole_object = "chat.completion"
+
+    def _around_text(self) -> tuple[bytes, bytes]:
+        return b'"delta":{"content":', b'},"logprobs":null,"finish_reason":null'
+
+    def opening(self) -> bytes:
+        return self._open({"role": "assistant", "content": ""})
+
+    def _open(self, delta: Mapping[str, Any]) -> bytes:
+        return self._chunk({"delta": delta, "logprobs": None, "finish_reason": None})
+
+    def text_with_evidence(self, text: str, evidence: list[dict[str, Any]]) -> bytes:
+        return self._open({"content": text, "evidence": evidence})
+
+    def _final(self, reason: str, timings: Mapping[str, float]) -> bytes:
+        choice: dict[str, Any] = {"delta": {}, "logprobs": None, "finish_reason": reason}
+        return self._chunk(choice, timings=timings)
+
+    def _whole_choice(self, text: str, evidence: list[dict[str, Any]] | None) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if evidence is not None:
+            message["evidence"] = evidence
+        return {"message": message}
+
+
+class TextRender(Render):
+    chunk_object = "text_completion"
+    whole_object = "text_completion"
+
+    def _around_text(self) -> tuple[bytes, bytes]:
+        return b'"text":', b',"logprobs":null,"finish_reason":null'
+
+    def text_with_evidence(self, text: str, evidence: list[dict[str, Any]]) -> bytes:
+        choice = {"text": text, "logprobs": None, "finish_reason": None, "evidence": evidence}
+        return self._chunk(choice)
+
+    def _final(self, reason: str, timings: Mapping[str, float]) -> bytes:
+        choice = {"text": "", "logprobs": None, "finish_reason": reason}
+        return self._chunk(choice, timings=timings)
+
+    def _whole_choice(self, text: str, evidence: list[dict[str, Any]] | None) -> dict[str, Any]:
+        return {"text": text} if evidence is None else {"text": text, "evidence": evidence}

@@ -1,0 +1,176 @@
+"""Bodies that clients send. Unknown fields are accepted, wrong types are refused, null is absent.
+
+What OpenAI's API has and this server does not do yet is refused by name, never silently dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cluster.api.errors import ForbiddenValueError
+from penstock.errors import InvalidRequestError
+from penstock.request import Sampling, StopRule
+
+Fraction = Annotated[float, Field(allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+
+
+class Generation(Body):
+    """What chat and text completions share."""
+
+    model: str = Field(max_length=512)
+    temperature: Fraction | None = None
+    top_p: Fraction | None = None
+    top_k: int | None = None
+    seed: Seed | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    evidence: bool | None = None
+    """Extension: name the spans of the prompt that attention selected."""
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    """Extension: cached prefixes are shared only between requests of the same salt."""
+    priority: int | None = None
+    """Extension: accepted; every request has the same priority for now."""
+    user: Annotated[str, Field(max_length=512)] | None = None
+    frequency_penalty: Fraction | None = None
+    presence_penalty: Fraction | None = None
+    logit_bias: dict[str, float] | None = None
+    best_of: int | None = None
+    grounding: Literal["off", "strict"] | None = None
+
+    @model_validator(mode="after")
+    def _supported(self) -> Generation:
+        for name in ("n", "best_of"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidRequestError(f"{name} must be at least 1, not {value}", param=name)
+            if value is not None and value > 1:
+                raise ForbiddenValueError(
+                    f"{name} = {value} is not supported; send {name} separate requests", param=name
+                )
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError(
+                "stream_options is allowed only together with stream: true", param="stream_options"
+            )
+        self._refuse_if("frequency_penalty", bool(self.frequency_penalty))
+        self._refuse_if("presence_penalty", bool(self.presence_penalty))
+        self._refuse_if("logit_bias", bool(self.logit_bias))
+        self._refuse_if("grounding", self.grounding == "strict")
+        return self
+
+    @staticmethod
+    def _refuse_if(name: str, wrong: bool) -> None:
+        if wrong:
+            raise ForbiddenValueError(
+                f"{name} is not supported by this server; leave it out", param=name
+            )
+
+    @property
+    def token_limit(self) -> tuple[str, int | None]:
+        """Name and value of the field that bounds the answer."""
+        return "max_tokens", self.max_tokens
+
+    def sampling(self, defaults: dict[str, float], seed: int) -> Sampling:
+        temperature = self.temperature
+        if temperature is None:
+            temperature = defaults.get("temperature", 1.0)
+        top_p = defaults.get("top_p", 1.0) if self.top_p is None else self.top_p
+        top_k = int(defaults.get("top_k", 0)) if self.top_k is None else self.top_k
+        # vLLM's spelling of "all tokens".
+        top_k = 0 if top_k == -1 else top_k
+        if top_k >= 2**31:
+            raise InvalidRequestError("top_k must be below 2147483648", param="top_k")
+        chosen = seed if self.seed is None else self.seed % 2**64
+        return Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=chosen)
+
+    def stop_rule(self, max_tokens: int) -> StopRule:
+        strings = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return StopRule(
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens or 0,
+            ignore_eos=bool(self.ignore_eos),
+            strings=strings,
+        )
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatBody(Generation):
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    functions: list[dict[str, Any]] | None = None
+    response_format: dict[str, Any] | None = None
+    modalities: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _chat_supported(self) -> ChatBody:
+        self._refuse_if("logprobs", bool(self.logprobs))
+        self._refuse_if("top_logprobs", bool(self.top_logprobs))
+        self._refuse_if("functions", bool(self.functions))
+        kind = (self.response_format or {}).get("type", "text")
+        self._refuse_if("response_format", kind != "text")
+        self._refuse_if("modalities", bool(self.modalities) and self.modalities != ["text"])
+        return self
+
+    @property
+    def token_limit(self) -> tuple[str, int | None]:
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", self.max_tokens
+
+
+class CompletionBody(Generation):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+    suffix: str | None = None
+    logprobs: int | None = None
+
+    @model_validator(mode="after")
+    def _completion_supported(self) -> CompletionBody:
+        self._refuse_if("echo", bool(self.echo))
+        self._refuse_if("suffix", bool(self.suffix))
+        self._refuse_if("logprobs", self.logprobs is not None)
+        return self
+
+    def one_prompt(self) -> str | list[int]:
+        """The only prompt. Raises `InvalidRequestError` if there are several or none."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return prompt
+        if prompt and isinstance(prompt[0], str | list):
+            if len(prompt) > 1:
+                raise ForbiddenValueError(
+                    "several prompts in one request are not supported; send one", param="prompt"
+                )
+            return prompt[0]
+        return [token for token in prompt if isinstance(token, int)]
+
+
+class TokenizeBody(Body):
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+
+
+class DetokenizeBody(Body):
+    tokens: list[int]

@@ -1,0 +1,93 @@
+"""Around every request: its id, the API key, a count of the response, and the last safety net."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.api import errors
+from cluster.api.state import ApiState
+from penstock.errors import InvalidRequestError, PenstockError
+from penstock.telemetry import request_scope
+
+_log = logging.getLogger(__name__)
+_LONGEST_ID = 128
+_OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics", "/docs", "/openapi.json"})
+
+
+class RequestScope:
+    """Pure ASGI, so that streams and disconnects pass through untouched."""
+
+    def __init__(self, app: ASGIApp, state: ApiState) -> None:
+        self._app = app
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        given = _header(scope, b"x-request-id")
+        wrong_id = given is not None and not _acceptable(given)
+        request_id = f"req-{secrets.token_hex(12)}" if given is None or wrong_id else given
+        header = (b"x-request-id", request_id.encode())
+        status = 0
+
+        async def tagged(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), header]
+            await send(message)
+
+        with request_scope(request_id):
+            try:
+                self._admit(scope, wrong_id)
+                await self._app(scope, receive, tagged)
+            except PenstockError as error:
+                if not status:
+                    await errors.response(error)(scope, receive, tagged)
+            except Exception:
+                _log.exception("unexpected failure of %s %s", scope["method"], scope["path"])
+                if not status:
+                    await errors.response(errors.unexpected())(scope, receive, tagged)
+            finally:
+                self._count(scope, status, time.monotonic() - started)
+
+    def _admit(self, scope: Scope, wrong_id: bool) -> None:
+        if wrong_id:
+            raise InvalidRequestError(
+                f"X-Request-Id must be 1 to {_LONGEST_ID} printable ASCII characters",
+                param="X-Request-Id",
+                code="invalid_request_id",
+            )
+        scope["penstock.tenant"] = "default"
+        if scope["path"] not in _OPEN_PATHS:
+            scope["penstock.tenant"] = self._state.tenant(_header(scope, b"authorization"))
+
+    def _count(self, scope: Scope, status: int, took_s: float) -> None:
+        route = scope.get("route")
+        path = getattr(route, "path", "other")
+        self._state.telemetry.responses.labels(path, str(status or 499)).inc()
+        _log.info(
+            "%s %s",
+            scope["method"],
+            path,
+            extra={"facts": {"status": status or 499, "took_s": round(took_s, 6)}},
+        )
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    for key, value in scope["headers"]:
+        if key == name:
+            text: str = value.decode("latin-1")
+            return text
+    return None
+
+
+def _acceptable(request_id: str) -> bool:
+    in_bounds = 1 <= len(request_id) <= _LONGEST_ID
+    return in_bounds and request_id.isascii() and request_id.isprintable() and " " not in request_id
