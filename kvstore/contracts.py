@@ -62,6 +62,10 @@ class StoreStat:
     integrity_failures: int
     index_backend: str
     index_healthy: bool
+    hits: int = 0
+    misses: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
 
 
 class BlockStore(Protocol):
@@ -80,6 +84,19 @@ class BlockStore(Protocol):
         `rolling`: the owner's earlier rolling object is dropped when this one commits, unless it
         was also put as a retained one or others lease it. Raises `OverloadedError` when every byte
         is leased.
+        """
+
+    async def put_many(
+        self,
+        items: Sequence[StoreObject],
+        *,
+        owner: str,
+        lease_ttl_s: float,
+        rolling: bool = False,
+    ) -> list[bool]:
+        """As `put` for each item, in order, over one stream: item i is committed before item i + 1.
+
+        If it raises, the items before the one that failed may have been committed.
         """
 
     def get(

@@ -260,26 +260,44 @@ class PutResponse(_message.Message):
         STATUS_RESERVED: PutResponse._Status.ValueType  # 1
         STATUS_EXISTS: PutResponse._Status.ValueType  # 2
         STATUS_COMMITTED: PutResponse._Status.ValueType  # 3
+        STATUS_REFUSED: PutResponse._Status.ValueType  # 4
+        """This object was refused, its bytes are given back; the stream goes on. Sent here and not as the call's status,
+        which a client that is still writing may never see.
+        """
 
     class Status(_Status, metaclass=_StatusEnumTypeWrapper): ...
     STATUS_UNSPECIFIED: PutResponse.Status.ValueType  # 0
     STATUS_RESERVED: PutResponse.Status.ValueType  # 1
     STATUS_EXISTS: PutResponse.Status.ValueType  # 2
     STATUS_COMMITTED: PutResponse.Status.ValueType  # 3
+    STATUS_REFUSED: PutResponse.Status.ValueType  # 4
+    """This object was refused, its bytes are given back; the stream goes on. Sent here and not as the call's status,
+    which a client that is still writing may never see.
+    """
 
     STATUS_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
+    ERROR_CODE_FIELD_NUMBER: _builtins.int
+    ERROR_MESSAGE_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: _builtins.int
     status: Global___PutResponse.Status.ValueType
     id: _builtins.bytes
+    error_code: _builtins.str
+    """Refused only: the error's code and sentence, and when to try again (0: not said)."""
+    error_message: _builtins.str
+    retry_after_ms: _builtins.int
     def __init__(
         self,
         *,
         status: Global___PutResponse.Status.ValueType = ...,
         id: _builtins.bytes = ...,
+        error_code: _builtins.str = ...,
+        error_message: _builtins.str = ...,
+        retry_after_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error_code", b"error_code", "error_message", b"error_message", "id", b"id", "retry_after_ms", b"retry_after_ms", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -78,7 +78,9 @@ class KvStoreServicer:
 
     def Put(self, request_iterator, context):
         """One or more objects, one after the other: Begin, Data..., Commit | Abort. The server answers each Begin with
-        `reserved` or `exists` (then send no data), and each Commit with `committed`. A broken stream aborts the open object.
+        `reserved`, `exists` or `refused`, and the Commit of a reserved one with `committed`, `exists` (another writer was
+        first) or `refused`. A client need not wait for the answer to Begin: data and commit of an object that is not
+        reserved are read and dropped. A broken stream aborts the open object.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,7 +37,9 @@ class KvStoreStub:
     """Which of these objects are committed now. Never blocks."""
     Put: _grpc.StreamStreamMultiCallable[_kv_pb2.PutRequest, _kv_pb2.PutResponse]
     """One or more objects, one after the other: Begin, Data..., Commit | Abort. The server answers each Begin with
-    `reserved` or `exists` (then send no data), and each Commit with `committed`. A broken stream aborts the open object.
+    `reserved`, `exists` or `refused`, and the Commit of a reserved one with `committed`, `exists` (another writer was
+    first) or `refused`. A client need not wait for the answer to Begin: data and commit of an object that is not
+    reserved are read and dropped. A broken stream aborts the open object.
     """
     Get: _grpc.UnaryStreamMultiCallable[_kv_pb2.GetRequest, _kv_pb2.GetResponse]
     """Streams the objects in the order asked for: Start, Data..., or Missing. With wait_ms > 0 the server waits up to that long
@@ -56,7 +58,9 @@ class KvStoreAsyncStub(KvStoreStub):
     """Which of these objects are committed now. Never blocks."""
     Put: _aio.StreamStreamMultiCallable[_kv_pb2.PutRequest, _kv_pb2.PutResponse]  # type: ignore[assignment]
     """One or more objects, one after the other: Begin, Data..., Commit | Abort. The server answers each Begin with
-    `reserved` or `exists` (then send no data), and each Commit with `committed`. A broken stream aborts the open object.
+    `reserved`, `exists` or `refused`, and the Commit of a reserved one with `committed`, `exists` (another writer was
+    first) or `refused`. A client need not wait for the answer to Begin: data and commit of an object that is not
+    reserved are read and dropped. A broken stream aborts the open object.
     """
     Get: _aio.UnaryStreamMultiCallable[_kv_pb2.GetRequest, _kv_pb2.GetResponse]  # type: ignore[assignment]
     """Streams the objects in the order asked for: Start, Data..., or Missing. With wait_ms > 0 the server waits up to that long
@@ -84,7 +88,9 @@ class KvStoreServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kv_pb2.PutResponse], _abc.AsyncIterator[_kv_pb2.PutResponse]]:
         """One or more objects, one after the other: Begin, Data..., Commit | Abort. The server answers each Begin with
-        `reserved` or `exists` (then send no data), and each Commit with `committed`. A broken stream aborts the open object.
+        `reserved`, `exists` or `refused`, and the Commit of a reserved one with `committed`, `exists` (another writer was
+        first) or `refused`. A client need not wait for the answer to Begin: data and commit of an object that is not
+        reserved are read and dropped. A broken stream aborts the open object.
         """
 
     @_abc_1.abstractmethod

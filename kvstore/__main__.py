@@ -1,0 +1,80 @@
+"""`python -m kvstore`: one store node as a process. Prints `ready ADDRESS` once it serves."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+import uvloop
+from pydantic import ValidationError
+
+from kvstore.config import StoreConfig
+from kvstore.server import start_server
+from penstock.errors import PenstockError, UsageError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 stopped, 1 cannot start, 2 wrong command line."""
+    options = _parser().parse_args(arguments)
+    try:
+        config = StoreConfig(
+            listen=options.listen,
+            memory_bytes=options.memory,
+            redis_url=options.redis_url,
+            node_id=options.node_id,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        print(f"kvstore: {place}: {first['msg']}", file=sys.stderr)
+        return 2
+    try:
+        uvloop.run(_serve(config, exit_with_parent=options.exit_with_parent))
+    except PenstockError as error:
+        print(f"kvstore: {error.message}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kvstore", description=__doc__)
+    default = StoreConfig()
+    parser.add_argument("--listen", default=default.listen, help="HOST:PORT; port 0: a free one")
+    parser.add_argument(
+        "--memory", type=int, default=default.memory_bytes, metavar="BYTES", help="memory tier"
+    )
+    parser.add_argument("--redis-url", default=None, help="index in Redis instead of in the node")
+    parser.add_argument("--node-id", default="", help="name in the index; default: a random one")
+    parser.add_argument(
+        "--exit-with-parent", action="store_true", help="stop when standard input reaches its end"
+    )
+    return parser
+
+
+async def _serve(config: StoreConfig, *, exit_with_parent: bool) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if exit_with_parent:
+        threading.Thread(target=_watch_parent, args=(loop, stop), daemon=True).start()
+    server = await start_server(config)
+    print(f"ready {server.address}", flush=True)
+    await stop.wait()
+    await server.stop()
+
+
+def _watch_parent(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    """Reads until end of file: a thread, for standard input may be what no loop can watch."""
+    while os.read(0, 4096):
+        pass
+    loop.call_soon_threadsafe(stop.set)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

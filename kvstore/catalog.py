@@ -1,0 +1,311 @@
+"""What the node holds and why it stays: budget, reservations, leases, rolling slots, eviction.
+
+Pure: no I/O, no bytes, an injected clock. A call that makes objects disappear records their ids;
+the node takes them with `take_dropped` in the same step and lets go of the bytes and index entries.
+
+An object is evictable if nobody leases it and nobody reads it. Evictable objects leave in the order
+in which they became so; a superseded rolling object leaves first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from kvstore.leases import LeaseTable
+from penstock.blocks import ObjectKind
+from penstock.errors import InvalidRequestError, OverloadedError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Budget of a catalogue. Bytes and seconds."""
+
+    capacity_bytes: int
+    max_object_bytes: int
+    max_objects: int
+    max_leases: int
+    max_lease_ttl_s: float
+
+
+@dataclass(slots=True)
+class Entry:
+    """One committed object."""
+
+    id: bytes
+    kind: ObjectKind
+    size_bytes: int
+    digest: bytes
+    retained: bool
+    """Someone put it as a lasting object; a rolling slot that moves on leaves it alone."""
+    readers: int = 0
+    slots: set[str] = field(default_factory=set)
+    """Owners whose rolling slot points here."""
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """Bytes set aside for one writer until `commit` or `abort`."""
+
+    id: bytes
+    kind: ObjectKind
+    size_bytes: int
+    open: bool = True
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Counts of a catalogue; sizes in bytes."""
+
+    used_bytes: int
+    reserved_bytes: int
+    objects: int
+    leases: int
+    lease_owners: int
+    reservations: int
+    readers: int
+    evictions: int
+
+
+def choose_victims(
+    idle: Iterable[tuple[bytes, int]], *, need_bytes: int, need_objects: int
+) -> list[bytes] | None:
+    """The shortest head of `idle` (oldest first) that frees enough; None if all of it does not."""
+    victims: list[bytes] = []
+    if need_bytes <= 0 and need_objects <= 0:
+        return victims
+    for id_, size_bytes in idle:
+        victims.append(id_)
+        need_bytes -= size_bytes
+        if need_bytes <= 0 and len(victims) >= need_objects:
+            return victims
+    return None
+
+
+class Catalog:
+    """The node's truth about its objects. Single-threaded: the node calls it from one loop."""
+
+    def __init__(self, limits: Limits, *, clock: Callable[[], float]) -> None:
+        self.limits = limits
+        self._clock = clock
+        self._entries: dict[bytes, Entry] = {}
+        self._idle: OrderedDict[bytes, int] = OrderedDict()
+        self._idle_bytes = 0
+        self._leases = LeaseTable()
+        self._slots: dict[str, bytes] = {}
+        self._reservations: set[Reservation] = set()
+        self._used_bytes = 0
+        self._reserved_bytes = 0
+        self._readers = 0
+        self._evictions = 0
+        self._dropped: list[bytes] = []
+
+    def usage(self) -> Usage:
+        self._expire()
+        return Usage(
+            used_bytes=self._used_bytes,
+            reserved_bytes=self._reserved_bytes,
+            objects=len(self._entries),
+            leases=len(self._leases),
+            lease_owners=self._leases.owners,
+            reservations=len(self._reservations),
+            readers=self._readers,
+            evictions=self._evictions,
+        )
+
+    def entry(self, id_: bytes) -> Entry | None:
+        return self._entries.get(id_)
+
+    def has(self, ids: Sequence[bytes]) -> list[bool]:
+        return [id_ in self._entries for id_ in ids]
+
+    def ids(self) -> list[bytes]:
+        """Every committed object."""
+        return list(self._entries)
+
+    def take_dropped(self) -> list[bytes]:
+        """Ids that left since the last call."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
+    # Writing
+
+    def reserve(self, id_: bytes, kind: ObjectKind, size_bytes: int) -> Reservation:
+        """Set bytes aside, evicting if need be.
+
+        Raises InvalidRequestError if no emptier store could take it, OverloadedError if every other
+        byte is leased, read or being written; then nothing has been evicted.
+        """
+        largest = min(self.limits.max_object_bytes, self.limits.capacity_bytes)
+        if not 0 < size_bytes <= largest:
+            raise InvalidRequestError(
+                f"an object of {size_bytes} bytes is refused: this store takes 1 to {largest}"
+            )
+        self._expire()
+        self._make_room(size_bytes)
+        reservation = Reservation(id_, kind, size_bytes)
+        self._reservations.add(reservation)
+        self._reserved_bytes += size_bytes
+        return reservation
+
+    def abort(self, reservation: Reservation) -> None:
+        """Give the bytes back. Idempotent, also after commit."""
+        if reservation.open:
+            reservation.open = False
+            self._reservations.discard(reservation)
+            self._reserved_bytes -= reservation.size_bytes
+
+    def commit(
+        self, reservation: Reservation, *, digest: bytes, owner: str, ttl_s: float, rolling: bool
+    ) -> bool:
+        """Make the object visible. False if another writer was first: the caller's lease holds all
+        the same, its bytes are given back.
+        """
+        if not reservation.open:
+            raise ValueError("a reservation can be committed once and not after abort")
+        self._expire()
+        self.abort(reservation)
+        if self.adopt(reservation.id, owner=owner, ttl_s=ttl_s, rolling=rolling):
+            return False
+        entry = Entry(
+            reservation.id, reservation.kind, reservation.size_bytes, digest, retained=not rolling
+        )
+        self._entries[entry.id] = entry
+        self._used_bytes += entry.size_bytes
+        self._hold(entry, owner=owner, ttl_s=ttl_s)
+        if rolling:
+            self._move_slot(owner, entry)
+        self._settle(entry)
+        return True
+
+    def adopt(self, id_: bytes, *, owner: str, ttl_s: float, rolling: bool) -> bool:
+        """What a put of an object that exists comes to: its lease and slot. False if absent."""
+        self._expire()
+        entry = self._entries.get(id_)
+        if entry is None:
+            return False
+        self._hold(entry, owner=owner, ttl_s=ttl_s)
+        if rolling:
+            self._move_slot(owner, entry)
+        else:
+            entry.retained = True
+        self._settle(entry)
+        return True
+
+    # Reading
+
+    def open_read(self, id_: bytes) -> Entry | None:
+        """Pin an object while its bytes are sent; each needs one `close_read`."""
+        entry = self._entries.get(id_)
+        if entry is not None:
+            entry.readers += 1
+            self._readers += 1
+            self._settle(entry)
+        return entry
+
+    def close_read(self, entry: Entry) -> None:
+        entry.readers -= 1
+        self._readers -= 1
+        self._settle(entry)
+
+    # Leases
+
+    def lease(self, owner: str, ids: Sequence[bytes], ttl_s: float) -> list[bool]:
+        """Take or renew; False for ids that are not there. A TTL of 0 only asks.
+
+        Raises OverloadedError if the table of leases is full; then none was taken.
+        """
+        self._expire()
+        if len(self._leases) + len(ids) > self.limits.max_leases:
+            fresh = sum(1 for id_ in set(ids) if not self._leases.holds(owner, id_))
+            if len(self._leases) + fresh > self.limits.max_leases:
+                raise OverloadedError(f"the store holds its {self.limits.max_leases} leases")
+        held = []
+        for id_ in ids:
+            entry = self._entries.get(id_)
+            held.append(entry is not None)
+            if entry is not None:
+                self._hold(entry, owner=owner, ttl_s=ttl_s)
+                self._settle(entry)
+        return held
+
+    def release(self, owner: str) -> int:
+        """Drop the owner's leases and rolling object. Number of leases dropped."""
+        self._expire()
+        ids = self._leases.drop_owner(owner)
+        for id_ in ids:
+            self._settle(self._entries[id_])
+        slot = self._slots.pop(owner, None)
+        if slot is not None:
+            self._leave_slot(owner, self._entries[slot])
+        return len(ids)
+
+    # Inside
+
+    def _expire(self) -> None:
+        for id_ in self._leases.expire(self._clock()):
+            self._settle(self._entries[id_])
+
+    def _hold(self, entry: Entry, *, owner: str, ttl_s: float) -> None:
+        if ttl_s > 0 and owner:
+            ttl_s = min(ttl_s, self.limits.max_lease_ttl_s)
+            self._leases.take(owner, entry.id, self._clock() + ttl_s)
+
+    def _move_slot(self, owner: str, entry: Entry) -> None:
+        before = self._slots.get(owner)
+        if before == entry.id:
+            return
+        self._slots[owner] = entry.id
+        entry.slots.add(owner)
+        if before is not None:
+            self._leave_slot(owner, self._entries[before])
+
+    def _leave_slot(self, owner: str, entry: Entry) -> None:
+        entry.slots.discard(owner)
+        if not entry.retained:
+            self._leases.drop(owner, entry.id)
+            if not (entry.slots or entry.readers or self._leases.is_leased(entry.id)):
+                self._remove(entry)
+                return
+        self._settle(entry)
+
+    def _settle(self, entry: Entry) -> None:
+        """Put the entry where its leases and readers say: evictable (newest last) or not."""
+        if entry.readers or self._leases.is_leased(entry.id):
+            if self._idle.pop(entry.id, None) is not None:
+                self._idle_bytes -= entry.size_bytes
+            return
+        if entry.id not in self._idle:
+            self._idle[entry.id] = entry.size_bytes
+            self._idle_bytes += entry.size_bytes
+        superseded = not entry.retained and not entry.slots
+        self._idle.move_to_end(entry.id, last=not superseded)
+
+    def _make_room(self, size_bytes: int) -> None:
+        held = self._used_bytes + self._reserved_bytes
+        need_bytes = held + size_bytes - self.limits.capacity_bytes
+        count = len(self._entries) + len(self._reservations)
+        need_objects = count + 1 - self.limits.max_objects
+        victims = None
+        if need_bytes <= self._idle_bytes:
+            victims = choose_victims(
+                self._idle.items(), need_bytes=need_bytes, need_objects=need_objects
+            )
+        if victims is None:
+            raise OverloadedError(
+                f"the store is full: {held - self._idle_bytes} of its {self.limits.capacity_bytes} "
+                f"bytes are leased, read or being written, and {size_bytes} more do not fit"
+            )
+        for id_ in victims:
+            self._remove(self._entries[id_])
+        self._evictions += len(victims)
+
+    def _remove(self, entry: Entry) -> None:
+        del self._entries[entry.id]
+        self._used_bytes -= entry.size_bytes
+        if self._idle.pop(entry.id, None) is not None:
+            self._idle_bytes -= entry.size_bytes
+        for owner in entry.slots:
+            del self._slots[owner]
+        self._dropped.append(entry.id)

@@ -1,0 +1,356 @@
+"""`StoreClient`: a worker's view of the store over gRPC. Trusts nothing it has not verified."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import grpc
+from blake3 import blake3
+from google.protobuf.message import Message
+
+from kvstore.channel import open_channel
+from kvstore.codec import Encoded, decode_verified, encode, wire_kind
+from kvstore.config import MAX_IDS_PER_CALL
+from kvstore.contracts import Index, Location, Missing, StoreObject, StoreStat
+from kvstore.index.redis import RedisIndex
+from kvstore.layout import largest_object_bytes
+from kvstore.node import check_ids
+from kvstore.rpc import error_from
+from kvstore.wire import data_of, encode_data
+from penstock.blocks import CacheLayout
+from penstock.errors import (
+    BlockIntegrityError,
+    IndexUnavailableError,
+    StoreUnavailableError,
+    from_code,
+)
+from protos.penstock.kv.v1 import kv_pb2
+
+_SERVICE = "/penstock.kv.v1.KvStore/"
+_CHUNK_BYTES = 1 << 20
+_SLOWEST_BYTES_PER_S = 10e6
+"""A put's deadline grows by its size at this rate."""
+_MAX_MS = 2**32 - 1
+
+Fetched = StoreObject | Missing
+Response = TypeVar("Response", bound=Message)
+
+
+class StoreClient:
+    """`BlockStore` over one node, for one fingerprint and layout. Belongs to one event loop.
+
+    Safe to use from many tasks at once. Reconnects by itself; `close` may be called again.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        fingerprint: bytes,
+        layout: CacheLayout,
+        index: Index | str | None = None,
+        call_timeout_s: float = 5.0,
+    ) -> None:
+        """`index`: a Redis URL (opened and closed here), an `Index` that the caller closes, or None
+        to ask the node. `call_timeout_s`: deadline of short calls and longest silence in `get`.
+        """
+        self.address = address
+        self._fingerprint = fingerprint
+        self._layout = layout
+        self._timeout_s = call_timeout_s
+        self._own_index = RedisIndex(index) if isinstance(index, str) else None
+        self._index: Index | None = self._own_index or (None if isinstance(index, str) else index)
+        self._largest_bytes = largest_object_bytes(layout)
+        self._epoch: int | None = None
+        self._closed = False
+        self.integrity_failures = 0
+        """Objects that this client refused since it was made."""
+        # Bulk data on a connection of its own: a lookup never queues behind megabytes.
+        self._control = open_channel(address)
+        self._bulk = open_channel(address)
+        self._put_call = self._bulk.stream_stream(_SERVICE + "Put")
+        self._get_call = self._bulk.unary_stream(_SERVICE + "Get")
+
+    async def has(self, ids: Sequence[bytes]) -> list[bool]:
+        check_all(ids)
+        locations = await self._lookup(ids)
+        found = [place is not None and place.epoch == self._epoch for place in locations]
+        unknown = [place for place, known in enumerate(found) if not known]
+        for start in range(0, len(unknown), MAX_IDS_PER_CALL):
+            places = unknown[start : start + MAX_IDS_PER_CALL]
+            request = kv_pb2.HasRequest(ids=[ids[place] for place in places])
+            response = await self._call("Has", request, kv_pb2.HasResponse)
+            self._epoch = response.epoch
+            for place, present in zip(places, self._flags(response.present, places), strict=True):
+                found[place] = present
+        return found
+
+    async def put(
+        self, item: StoreObject, *, owner: str, lease_ttl_s: float, rolling: bool = False
+    ) -> bool:
+        (fresh,) = await self.put_many(
+            [item], owner=owner, lease_ttl_s=lease_ttl_s, rolling=rolling
+        )
+        return fresh
+
+    async def put_many(
+        self,
+        items: Sequence[StoreObject],
+        *,
+        owner: str,
+        lease_ttl_s: float,
+        rolling: bool = False,
+    ) -> list[bool]:
+        if not items:
+            return []
+        self._check_open()
+        size_bytes = sum(memoryview(item.payload).nbytes for item in items)
+        call = self._put_call(timeout=self._timeout_s + size_bytes / _SLOWEST_BYTES_PER_S)
+        answers = _PutAnswers(call, len(items))
+        reading = asyncio.create_task(answers.read())
+        try:
+            for place, item in enumerate(items):
+                encoded = await encode(item, fingerprint=self._fingerprint, layout=self._layout)
+                begin = kv_pb2.PutBegin(
+                    id=item.id,
+                    kind=wire_kind(item.kind),
+                    size_bytes=encoded.size_bytes,
+                    owner=owner,
+                    lease_ttl_ms=_milliseconds(lease_ttl_s),
+                    rolling=rolling,
+                )
+                if not await self._send(call, answers, place, begin, encoded):
+                    break
+            else:
+                if not answers.ended:
+                    await call.done_writing()
+            await reading
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise await self._failure(call, error) from error
+        finally:
+            reading.cancel()
+            call.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+        return answers.fresh
+
+    async def get(
+        self, ids: Sequence[bytes], *, owner: str, lease_ttl_s: float, wait_s: float = 0.0
+    ) -> AsyncIterator[StoreObject | Missing]:
+        check_all(ids)
+        for start in range(0, len(ids), MAX_IDS_PER_CALL):
+            request = kv_pb2.GetRequest(
+                ids=ids[start : start + MAX_IDS_PER_CALL],
+                owner=owner,
+                lease_ttl_ms=_milliseconds(lease_ttl_s),
+                wait_ms=_milliseconds(wait_s),
+            )
+            async with aclosing(self._get_some(request)) as answers:
+                async for answer in answers:
+                    yield answer
+
+    async def lease(self, ids: Sequence[bytes], *, owner: str, ttl_s: float) -> list[bool]:
+        check_all(ids)
+        held: list[bool] = []
+        for start in range(0, len(ids), MAX_IDS_PER_CALL):
+            some = ids[start : start + MAX_IDS_PER_CALL]
+            request = kv_pb2.LeaseRequest(owner=owner, ids=some, ttl_ms=_milliseconds(ttl_s))
+            response = await self._call("Lease", request, kv_pb2.LeaseResponse)
+            held += self._flags(response.held, some)
+        return held
+
+    async def release(self, owner: str) -> None:
+        await self._call("Release", kv_pb2.ReleaseRequest(owner=owner), kv_pb2.ReleaseResponse)
+
+    async def stat(self) -> StoreStat:
+        """The node's figures; `integrity_failures` includes this client's refusals."""
+        answer = await self._call("Stat", kv_pb2.StatRequest(), kv_pb2.StatResponse)
+        self._epoch = answer.epoch
+        values = {name: getattr(answer, name) for name in StoreStat.__dataclass_fields__}
+        values["integrity_failures"] += self.integrity_failures
+        return StoreStat(**values)
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        await self._control.close()
+        await self._bulk.close()
+        if self._own_index is not None:
+            await self._own_index.close()
+
+    async def _lookup(self, ids: Sequence[bytes]) -> list[Location | None]:
+        # Without the node's epoch an entry could be of an earlier life of it: ask the node.
+        if self._index is None or self._epoch is None:
+            return [None] * len(ids)
+        try:
+            return await self._index.lookup(ids)
+        except IndexUnavailableError:
+            return [None] * len(ids)
+
+    async def _call(self, method: str, request: Message, response_type: type[Response]) -> Response:
+        self._check_open()
+        call = self._control.unary_unary(
+            _SERVICE + method,
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=response_type.FromString,
+        )
+        try:
+            response: Response = await call(request, timeout=self._timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise error_from(error, self.address) from error
+        return response
+
+    def _flags(self, raw: bytes, asked: Sequence[object]) -> list[bool]:
+        if len(raw) != len(asked):
+            raise self._protocol_error("answered for another number of ids")
+        return [byte != 0 for byte in raw]
+
+    async def _send(
+        self, call: Any, answers: _PutAnswers, place: int, begin: kv_pb2.PutBegin, item: Encoded
+    ) -> bool:
+        """One object, without waiting for the answer to its begin. False: the stream has ended."""
+        if answers.ended:
+            return False
+        message = kv_pb2.PutRequest(begin=begin)
+        await call.write(message.SerializeToString())
+        for chunk in [memoryview(item.prefix), *_slices(item.payload)]:
+            if answers.ended:
+                return False
+            if len(answers.fresh) > place:
+                return True
+            await call.write(encode_data(chunk))
+        commit = kv_pb2.PutRequest(commit=kv_pb2.PutCommit(digest=item.digest))
+        await call.write(commit.SerializeToString())
+        return True
+
+    async def _get_some(
+        self, request: kv_pb2.GetRequest
+    ) -> AsyncGenerator[StoreObject | Missing, None]:
+        self._check_open()
+        call = self._get_call(request.SerializeToString())
+        patience_s = self._timeout_s + request.wait_ms / 1000
+        try:
+            for id_ in request.ids:
+                head = kv_pb2.GetResponse.FromString(await self._read(call, patience_s))
+                match head.WhichOneof("message"):
+                    case "missing" if head.missing.id == id_:
+                        yield Missing(id_)
+                    case "start" if head.start.id == id_:
+                        yield await self._receive(call, head.start)
+                    case _:
+                        raise self._protocol_error("answered for another id")
+        except grpc.aio.AioRpcError as error:
+            raise error_from(error, self.address) from error
+        finally:
+            call.cancel()
+
+    async def _receive(self, call: Any, start: kv_pb2.GetStart) -> StoreObject | Missing:
+        """One object's data; `Missing` if it is not what its id promises."""
+        self._epoch = start.epoch
+        # A size that no object of ours can have is read past, not buffered.
+        fits = start.size_bytes <= self._largest_bytes
+        raw = bytearray(start.size_bytes if fits else 0)
+        hasher = blake3()
+        filled = 0
+        while filled < start.size_bytes:
+            message = await self._read(call, self._timeout_s)
+            chunk = data_of(message)
+            if chunk is None:
+                chunk = memoryview(kv_pb2.GetResponse.FromString(message).data)
+            end = filled + len(chunk)
+            if not len(chunk) or end > start.size_bytes:
+                raise self._protocol_error("sent another number of bytes than it said")
+            if fits:
+                raw[filled:end] = chunk
+                hasher.update(chunk)
+            filled = end
+        try:
+            if not fits or hasher.digest() != start.digest:
+                raise BlockIntegrityError("an object's bytes do not match their BLAKE3 digest")
+            return decode_verified(
+                raw, id_=start.id, fingerprint=self._fingerprint, layout=self._layout
+            )
+        except BlockIntegrityError:
+            self.integrity_failures += 1
+            return Missing(start.id)
+
+    async def _read(self, call: Any, patience_s: float) -> bytes:
+        try:
+            async with asyncio.timeout(patience_s):
+                message = await call.read()
+        except TimeoutError as error:
+            raise StoreUnavailableError(
+                f"the KV store at {self.address} sent nothing for {patience_s:.1f} s"
+            ) from error
+        if message is grpc.aio.EOF:
+            raise await self._failure(call, None)
+        return bytes(message)
+
+    async def _failure(self, call: Any, error: Exception | None) -> Exception:
+        """Why a stream has ended, in the error tree's words."""
+        if not isinstance(error, grpc.aio.AioRpcError):
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    code, details = await call.code(), await call.details()
+                    trailing = await call.trailing_metadata()
+            except TimeoutError:
+                return StoreUnavailableError(f"the KV store at {self.address} went silent")
+            error = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details=details)
+        return error_from(error, self.address)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreUnavailableError("this store client has been closed")
+
+    def _protocol_error(self, what: str) -> StoreUnavailableError:
+        return StoreUnavailableError(f"the KV store at {self.address} {what}")
+
+
+class _PutAnswers:
+    """Reads a Put stream's answers while its data is being sent."""
+
+    def __init__(self, call: Any, count: int) -> None:
+        self._call = call
+        self._count = count
+        self.ended = False
+        """No further answer will come: more data is pointless."""
+        self.fresh: list[bool] = []
+
+    async def read(self) -> None:
+        """Until every object is settled. Raises the call's error."""
+        try:
+            while len(self.fresh) < self._count:
+                raw = await self._call.read()
+                if raw is grpc.aio.EOF:
+                    raise asyncio.InvalidStateError("the stream ended early")
+                answer = kv_pb2.PutResponse.FromString(raw)
+                status = answer.status
+                if status == kv_pb2.PutResponse.STATUS_REFUSED:
+                    retry_after_s = answer.retry_after_ms / 1000 or None
+                    raise from_code(
+                        answer.error_code, answer.error_message, retry_after_s=retry_after_s
+                    )
+                if status == kv_pb2.PutResponse.STATUS_EXISTS:
+                    self.fresh.append(False)
+                elif status == kv_pb2.PutResponse.STATUS_COMMITTED:
+                    self.fresh.append(True)
+        finally:
+            self.ended = True
+
+
+def check_all(ids: Sequence[bytes]) -> None:
+    """As `check_ids`, for any number of ids."""
+    for start in range(0, len(ids), MAX_IDS_PER_CALL):
+        check_ids(ids[start : start + MAX_IDS_PER_CALL])
+
+
+def _slices(payload: memoryview) -> list[memoryview]:
+    return [payload[start : start + _CHUNK_BYTES] for start in range(0, len(payload), _CHUNK_BYTES)]
+
+
+def _milliseconds(seconds: float) -> int:
+    return min(max(0, math.ceil(seconds * 1000)), _MAX_MS)

@@ -1,0 +1,66 @@
+"""Settings of one store node. Frozen, extra keys refused; sizes in bytes, times in seconds."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_IDS_PER_CALL = 65_536
+"""Most ids in one Has, Get or Lease: 16 million tokens' blocks, about 2.2 MiB on the wire."""
+
+
+class StoreConfig(BaseModel):
+    """One node: where it listens, what it holds, and the bounds on every call."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    listen: str = "127.0.0.1:0"
+    """HOST:PORT; port 0 takes a free one."""
+    node_id: str = Field(default="", max_length=128)
+    """Name in the index; empty: a random one for each start."""
+    memory_bytes: int = Field(default=1 << 30, ge=1)
+    """Budget of the memory tier: payload and headers of all objects, reservations included."""
+    max_object_bytes: int = Field(default=1 << 28, ge=1)
+    """Largest single object."""
+    max_objects: int = Field(default=1 << 20, ge=1)
+    """Most objects at once, so that tiny ones cannot outgrow the byte budget in bookkeeping."""
+    max_leases: int = Field(default=1 << 22, ge=1)
+    """Most (owner, object) leases at once."""
+    max_lease_ttl_s: float = Field(default=600.0, gt=0)
+    """Longer leases are shortened to this; renew them instead."""
+    max_wait_s: float = Field(default=600.0, ge=0)
+    """Longest wait for one object's commit in Get."""
+    max_message_bytes: int = Field(default=4 << 20, ge=1 << 16)
+    """Largest gRPC message accepted."""
+    chunk_bytes: int = Field(default=1 << 20, ge=1 << 10)
+    """Data bytes in one message of Get."""
+    max_concurrent_calls: int = Field(default=4096, ge=1)
+    max_open_puts: int = Field(default=512, ge=1)
+    """Most objects being written at once; one more is refused, not queued."""
+    max_open_gets: int = Field(default=2048, ge=1)
+    put_idle_s: float = Field(default=15.0, gt=0)
+    """A Put stream that sends nothing for so long is ended and its bytes given back."""
+    get_stall_s: float = Field(default=60.0, gt=0)
+    """A Get stream whose reader takes nothing for so long is ended."""
+    max_workers: int = Field(default=4096, ge=1)
+    """Most workers in the directory."""
+    max_worker_ttl_s: float = Field(default=60.0, gt=0)
+    redis_url: str | None = None
+    """redis:// or rediss:// URL of the index; None: the index inside the node."""
+    index_entry_ttl_s: float = Field(default=600.0, gt=1)
+    """Safety TTL of index entries; the node refreshes them within half of it."""
+    heartbeat_s: float = Field(default=1.0, gt=0)
+    announce_batch: int = Field(default=512, ge=1)
+    """Index entries written in one round trip."""
+    announce_per_s: float = Field(default=10_000.0, gt=0)
+    """Most index entries announced in a second after the index was lost."""
+    max_pending_announcements: int = Field(default=65_536, ge=1)
+    """Beyond this many unsent changes the node forgets them and announces everything again."""
+
+    @model_validator(mode="after")
+    def _chunk_fits_message(self) -> StoreConfig:
+        if self.chunk_bytes + 64 > self.max_message_bytes:
+            raise ValueError(
+                f"chunk_bytes ({self.chunk_bytes}) must stay 64 bytes below max_message_bytes "
+                f"({self.max_message_bytes})"
+            )
+        return self

@@ -1,0 +1,120 @@
+"""The store node as a gRPC server: KvStore, Directory and health on one port."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+
+from kvstore import directory, service
+from kvstore.config import StoreConfig
+from kvstore.contracts import Index
+from kvstore.index.embedded import EmbeddedIndex
+from kvstore.index.redis import RedisIndex
+from kvstore.node import StoreNode
+from penstock.errors import IndexUnavailableError, UsageError
+
+_STOP_GRACE_S = 1.0
+
+
+class StoreServer:
+    """One running node. Made by `start_server`; `stop` may be called again."""
+
+    def __init__(self, node: StoreNode, index: Index, server: Any, address: str) -> None:
+        self.node = node
+        self.address = address
+        self._index = index
+        self._server = server
+        self._health: Any = health.HealthServicer()
+        self._announcing: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Serve from now on. Raises IndexUnavailableError if the index cannot be reached."""
+        announcer = self.node.announcer
+        if announcer is not None:
+            await announcer.hello(self.address)
+            self._announcing = asyncio.create_task(announcer.run(self.address))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        await self._server.start()
+        for name in ("", service.SERVICE, directory.SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self, grace_s: float = _STOP_GRACE_S) -> None:
+        """Refuse new calls, give running ones `grace_s`, then end."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+        if self._announcing is not None:
+            self._announcing.cancel()
+            await asyncio.gather(self._announcing, return_exceptions=True)
+            self._announcing = None
+        await self._index.close()
+
+
+async def start_server(config: StoreConfig) -> StoreServer:
+    """A node that serves on `.address` (its real port).
+
+    Raises UsageError for an address that cannot be bound, IndexUnavailableError for a Redis that
+    does not answer.
+    """
+    node_id = config.node_id or f"node-{uuid.uuid4().hex[:12]}"
+    index = open_index(config)
+    node = StoreNode(config, node_id=node_id, index=index)
+    workers = directory.WorkerDirectory(
+        clock=time.monotonic, max_workers=config.max_workers, max_ttl_s=config.max_worker_ttl_s
+    )
+    server = grpc.aio.server(
+        maximum_concurrent_rpcs=config.max_concurrent_calls, options=_options(config)
+    )
+    server.add_generic_rpc_handlers(
+        (
+            service.KvStoreService(node).handlers(),
+            directory.DirectoryService(workers, epoch=node.epoch).handlers(),
+        )
+    )
+    running: StoreServer | None = None
+    try:
+        running = StoreServer(node, index, server, _bind(server, config.listen))
+        await running.start()
+    except (UsageError, IndexUnavailableError):
+        await server.stop(None)
+        await index.close()
+        raise
+    return running
+
+
+def open_index(config: StoreConfig) -> Index:
+    if config.redis_url is None:
+        return EmbeddedIndex()
+    return RedisIndex(config.redis_url, entry_ttl_s=config.index_entry_ttl_s)
+
+
+def _bind(server: Any, listen: str) -> str:
+    """The address in use, with the real port."""
+    host, colon, port = listen.rpartition(":")
+    if not colon or not host or not port.isdigit():
+        raise UsageError(f"the store cannot listen on {listen!r}: it must be HOST:PORT")
+    try:
+        bound = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise UsageError(f"the store cannot listen on {listen}: is the port taken?") from error
+    return f"{host}:{bound}"
+
+
+def _options(config: StoreConfig) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        # Two nodes on one port would each see half of the calls.
+        ("grpc.so_reuseport", 0),
+        # A peer that vanished without a word must not keep reservations and pins.
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
