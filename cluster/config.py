@@ -40,7 +40,6 @@ class FrontSection(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
-    grpc_port: int | None = Field(default=None, ge=0, le=65535)
     api_key: str | None = Field(default=None, repr=False, min_length=1)
     """One key, or several separated by commas; each is a tenant of its own."""
     cluster_key: str | None = Field(default=None, repr=False, min_length=16)

@@ -27,7 +27,8 @@ def model_folder(model: str) -> Path | None:
     if not (folder / "config.json").is_file():
         raise ModelLoadError(
             f"no model at '{model}': it is neither a folder with a config.json nor one of "
-            f"{', '.join((*SHIPPED, FAKE))}"
+            f"{', '.join((*SHIPPED, FAKE))}; fetch a hub model with `hf download NAME --local-dir "
+            "FOLDER` and name the folder"
         )
     return folder
 

@@ -69,32 +69,37 @@ def unexpected() -> PenstockError:
 
 def from_validation(error: ValidationError) -> InvalidRequestError:
     """The first fault of a body in one sentence, with its place as `param`."""
-    first = error.errors(include_url=False, include_input=True)[0]
-    param = ""
-    for part in first["loc"]:
-        if isinstance(part, int):
-            param += f"[{part}]"
-        elif part in ("str", "list") or "[" in part:
-            continue  # pydantic's names for the arms of a union
-        else:
-            param += f".{part}" if param else part
+    faults = error.errors(include_url=False)
+    root = faults[0]["loc"][:1]
+    # Every arm of a union complains; the one that got furthest is the one that was meant.
+    first = max((f for f in faults if f["loc"][:1] == root), key=lambda f: len(f["loc"]))
+    param = _place(first["loc"])
     kind = first["type"]
-    given = first.get("input")
     if kind == "missing":
         return InvalidRequestError(
             f"'{param}' is required", param=param, code="missing_required_parameter"
         )
-    # Of a union every arm complains; that a type was wrong says enough.
-    wrong = [e["type"] for e in error.errors(include_url=False) if e["loc"][0] == first["loc"][0]]
+    wrong = [f["type"] for f in faults if f["loc"][:1] == root and _place(f["loc"]) == param]
     if all(each in _TYPE_NAMES for each in wrong):
         wanted = " or ".join(dict.fromkeys(_TYPE_NAMES[each] for each in wrong))
         return InvalidRequestError(
-            f"'{param or 'body'}' must be {wanted}, not {_kind(given)}",
+            f"{param or 'the body'} must be {wanted}, not {_kind(first.get('input'))}",
             param=param or None,
             code="invalid_type",
         )
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return InvalidRequestError(f"'{param}': {message}", param=param, code="invalid_value")
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """`messages[0].role`; pydantic's names for the arms of a union are left out."""
+    place = ""
+    for part in loc:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif part != "str" and not part.startswith("list"):
+            place += f".{part}" if place else part
+    return place
 
 
 def _kind(value: Any) -> str:

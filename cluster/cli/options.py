@@ -1,0 +1,57 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class LauncherKind(StrEnum):
+    ray = "ray"
+    local = "local"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class KvCacheDtype(StrEnum):
+    fp8 = "fp8"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Numerics(StrEnum):
+    exact = "exact"
+    fast = "fast"
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="Settings in YAML.")
+]
+Launcher = Annotated[
+    LauncherKind | None,
+    typer.Option("--launcher", help="What starts the processes: a Ray cluster or subprocesses."),
+]
+DeviceOption = Annotated[
+    Device | None,
+    typer.Option("--device", help="Where the model runs (auto: GPU if there is one)."),
+]
+KvCacheDtypeOption = Annotated[
+    KvCacheDtype | None, typer.Option("--kv-cache-dtype", help="Format of the KV cache.")
+]
+NumericsOption = Annotated[
+    Numerics | None,
+    typer.Option("--numerics", help="exact: the same token whichever way it came; fast: faster."),
+]

@@ -1,0 +1,123 @@
+"""`penstock serve`: flags to configuration to a running cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.cli.options import (
+    ConfigFile,
+    DeviceOption,
+    KvCacheDtypeOption,
+    Launcher,
+    NumericsOption,
+)
+from penstock.errors import UsageError
+
+Model = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="A model folder, `ledger` (shipped) or `fake`."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("serve", help="Start a cluster and serve it until Ctrl-C.")(serve)
+
+
+def serve(
+    model: Model = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="HTTP port.")] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name under which clients ask for the model.")
+    ] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest context, in tokens.")] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(help="Devices that share one replica.")
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="Most sequences in a decode worker's batch.")
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of one prefill step (a chunk).")
+    ] = None,
+    kv_cache_dtype: KvCacheDtypeOption = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="Key that clients must send; several separated by commas."),
+    ] = None,
+    tls_cert: Annotated[str | None, typer.Option(help="Certificate file, PEM.")] = None,
+    tls_key: Annotated[str | None, typer.Option(help="Its private key, PEM.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Allow --host without a key and TLS.")
+    ] = False,
+    config: ConfigFile = None,
+    prefill_replicas: Annotated[int | None, typer.Option(help="Prefill workers.")] = None,
+    decode_replicas: Annotated[int | None, typer.Option(help="Decode workers.")] = None,
+    kv_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of the KV store, such as 4GiB.")
+    ] = None,
+    decode_kv_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="KV pages of one decode worker.")
+    ] = None,
+    kv_disk: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Disk tier of the KV store.")
+    ] = None,
+    redis_url: Annotated[str | None, typer.Option(help="Redis as the index.")] = None,
+    journal_url: Annotated[str | None, typer.Option(help="Durable Redis for jobs.")] = None,
+    numerics: NumericsOption = None,
+    device: DeviceOption = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC batch service.")] = None,
+    launcher: Launcher = None,
+) -> int:
+    refuse_unbuilt({"--kv-disk": kv_disk, "--journal-url": journal_url, "--grpc-port": grpc_port})
+    from cluster.config import resolve
+    from penstock.folder import model_folder
+
+    resolved = resolve(
+        {
+            "model.model": model,
+            "front.host": host,
+            "front.port": port,
+            "model.served_name": served_model_name,
+            "model.max_model_len": max_model_len,
+            "parallel.tensor": tensor_parallel_size,
+            "decode.max_running": max_num_seqs,
+            "prefill.chunk_tokens": max_num_batched_tokens,
+            "model.kv_cache_dtype": text(kv_cache_dtype),
+            "front.api_key": api_key,
+            "front.tls_cert": tls_cert,
+            "front.tls_key": tls_key,
+            "front.insecure": insecure or None,
+            "prefill.replicas": prefill_replicas,
+            "decode.replicas": decode_replicas,
+            "kvstore.memory_bytes": kv_memory,
+            "decode.kv_memory_bytes": decode_kv_memory,
+            "kvstore.redis_url": redis_url,
+            "model.numerics": text(numerics),
+            "model.device": text(device),
+            "launcher.kind": text(launcher),
+        },
+        file=config,
+    )
+    # Named here, before any process starts that could only fail on it.
+    model_folder(resolved.config.model.model)
+    for name in (resolved.config.front.tls_cert, resolved.config.front.tls_key):
+        if name is not None and not Path(name).is_file():
+            raise UsageError(f"there is no TLS file '{name}'; check --tls-cert and --tls-key")
+    from cluster.launch import run
+
+    return run(resolved.config)
+
+
+def text(choice: Any) -> str | None:
+    return None if choice is None else str(choice)
+
+
+def refuse_unbuilt(flags: dict[str, object]) -> None:
+    """A flag that would change nothing must not be taken in silence."""
+    for flag, value in flags.items():
+        if value is not None:
+            raise UsageError(f"{flag} is not built in this version; leave it out")
