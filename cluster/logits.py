@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvstore.codec import decode_object, encode_object
+from kvstore.codec import decode, digest_now, encode_prefix
 from kvstore.contracts import StoreObject
 from model.engine import Engine, Segment, Sequence
 from model.open import open_engine
@@ -92,9 +92,9 @@ class _Rows:
         sequence = engine.open(len(tokens))
         info = engine.info
         for data, digest, item in self.objects:
-            got = decode_object(
+            got = decode(
                 data,
-                expected_id=item.id,
+                id_=item.id,
                 digest=digest,
                 fingerprint=info.fingerprint,
                 layout=info.layout,
@@ -134,8 +134,8 @@ def _prefill(engine: Engine, tokens: list[int], chunk_tokens: int) -> _Rows:
         )
     )
     for item in items:
-        data, digest = encode_object(item, fingerprint=info.fingerprint, layout=info.layout)
-        out.objects.append((bytes(data), digest, item))
+        data = encode_prefix(item, fingerprint=info.fingerprint, layout=info.layout) + item.payload
+        out.objects.append((data, digest_now(data), item))
     engine.release(sequence)
     return out
 

@@ -84,7 +84,7 @@ class WorkerCalls:
                         yield Progress(total, total, event.done.cached_tokens)
                         return
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, peer=f"prefill worker {worker.worker_id}") from error
+            raise error_from_rpc(error, peer=f"the prefill worker {worker.worker_id}") from error
         finally:
             call.cancel()
 
@@ -109,6 +109,7 @@ class WorkerCalls:
                 ignore_eos=stop.ignore_eos,
                 stop=stop.strings,
                 evidence=request.evidence,
+                logits_digest=request.logits_digest,
                 prefill_timeout_ms=int(limits.request_timeout_s * 1e3),
                 lease_ttl_ms=int(limits.lease_ttl_s * 1e3),
                 admission_timeout_ms=int(limits.admission_timeout_s * 1e3),
@@ -127,7 +128,7 @@ class WorkerCalls:
                         yield DecodeFinished(end.reason, end.completion_tokens, end.text)
                         return
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, peer=f"decode worker {worker.worker_id}") from error
+            raise error_from_rpc(error, peer=f"the decode worker {worker.worker_id}") from error
         finally:
             call.cancel()
 
@@ -151,6 +152,7 @@ def _chunk(tokens: worker_pb2.Tokens) -> TokenChunk:
         token_ids=tuple(tokens.token_ids),
         text=tokens.text,
         evidence=tuple(EvidenceSpan(e.start, e.end, e.mass) for e in tokens.evidence),
+        logits_digests=tuple(tokens.logits_digests),
     )
 
 

@@ -76,6 +76,8 @@ class Request:
     boundaries: tuple[int, ...] = ()
     """Token positions at which a message of the conversation ends, ascending."""
     evidence: bool = False
+    logits_digest: bool = False
+    """Return a digest of the logits that each token was drawn from."""
 
     def __post_init__(self) -> None:
         if not self.token_ids:
@@ -130,6 +132,7 @@ class TokenChunk:
     token_ids: tuple[int, ...]
     text: str
     evidence: tuple[EvidenceSpan, ...] = ()
+    logits_digests: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)

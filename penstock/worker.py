@@ -41,6 +41,8 @@ class WorkerSpec(BaseModel):
     lease_ttl_s: float = Field(default=30.0, gt=0)
     chunk_tokens: int = Field(default=2048, ge=16)
     """Prefill: most tokens of one model step."""
+    queue_timeout_s: float = Field(default=3600.0, gt=0)
+    """Prefill: longest wait for cache memory; a decode worker is told by each request."""
     max_running: int = Field(default=16, ge=1)
     """Most requests worked on at once."""
     max_queued: int = Field(default=256, ge=0)
