@@ -6,7 +6,7 @@ User text is never allowed to form control tokens: what looks like one is encode
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _WINDOW_CHARS = 1 << 16
 _OVERLAP_CHARS = 1 << 12
 _AGREE_TOKENS = 64
+_BATCH_WINDOWS = 8
 
 
 class Tokenizer(Protocol):
@@ -137,24 +138,33 @@ class HfTokenizer(_Decoding):
     def encode(self, text: str) -> list[int]:
         # Windows bound the memory: the library keeps some hundred bytes per token until it is done.
         ids: list[int] = []
-        start = 0
-        current = self._window(text, 0, _WINDOW_CHARS)
-        while start + _WINDOW_CHARS < len(text):
-            following_start = start + _WINDOW_CHARS - _OVERLAP_CHARS
-            following = self._window(text, following_start, following_start + _WINDOW_CHARS)
-            joint = _joint(current, following)
-            if joint is None:
-                # Nothing to hold on to, as in a long run of one character: one piece is right.
-                return self._window(text, 0, len(text))[0]
-            ids += current[0][: joint[0]]
-            current = _cut(following, joint[1])
-            start = following_start
+        current: _Window = [], []
+        for start, following in self._windows(text):
+            if start:
+                joint = _joint(current, following)
+                if joint is None:
+                    # Nothing to hold on to, as in a long run of one character: one piece is right.
+                    return self._whole(text)
+                ids += current[0][: joint[0]]
+                following = _cut(following, joint[1])
+            current = following
         return ids + current[0]
 
-    def _window(self, text: str, start: int, end: int) -> _Window:
-        # The batch call is the one that lets other threads run.
-        encoding = self._library.encode_batch([text[start:end]], add_special_tokens=False)[0]
-        return encoding.ids, [(a + start, b + start) for a, b in encoding.offsets]
+    def _whole(self, text: str) -> list[int]:
+        return list(self._library.encode_batch([text], add_special_tokens=False)[0].ids)
+
+    def _windows(self, text: str) -> Iterator[tuple[int, _Window]]:
+        """Overlapping windows with their starts, a batch at a time: the library encodes a batch on
+        all cores and lets other threads run.
+        """
+        step = _WINDOW_CHARS - _OVERLAP_CHARS
+        starts = range(0, max(len(text) - _OVERLAP_CHARS, 1), step)
+        for first in range(0, len(starts), _BATCH_WINDOWS):
+            batch = starts[first : first + _BATCH_WINDOWS]
+            pieces = [text[start : start + _WINDOW_CHARS] for start in batch]
+            encodings = self._library.encode_batch(pieces, add_special_tokens=False)
+            for start, encoding in zip(batch, encodings, strict=True):
+                yield start, (encoding.ids, [(a + start, b + start) for a, b in encoding.offsets])
 
     def _piece(self, token: int, specials: bool) -> bytes:
         try:

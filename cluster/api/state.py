@@ -23,7 +23,7 @@ from penstock.telemetry import Telemetry
 from penstock.tokenizer import Tokenizer
 
 T = TypeVar("T")
-_INLINE_BYTES = 1 << 14
+_INLINE_BYTES = 1 << 11
 
 
 class ApiState:

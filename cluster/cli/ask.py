@@ -140,7 +140,9 @@ def _one(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
     import httpx
 
     begun, first_s = time.monotonic(), 0.0
-    answer, usage, spans = "", {}, []
+    answer = ""
+    usage: dict[str, Any] = {}
+    spans: list[dict[str, Any]] = []
     try:
         with client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:

@@ -106,9 +106,23 @@ def test_control_tokens_decode_as_their_file_says(hf: HfTokenizer) -> None:
     "text", ["the code of bakilo is 1234. \u00e9\u6f22\U0001f389\n\n", "....."]
 )
 def test_long_text_is_cut_into_windows_without_a_trace(hf: HfTokenizer, text: str) -> None:
-    long = text * (400_000 // len(text))
-    whole = Library.from_str(json.dumps(tokenizer_json())).encode(long).ids
-    assert hf.encode(long) == whole
+    library = Library.from_str(json.dumps(tokenizer_json()))
+    window, step = 65536, 65536 - 4096
+    for size in (window - 1, window, window + 1, window + step, window + step + 1, 9 * step + 7):
+        long = (text * (size // len(text) + 1))[:size]
+        assert hf.encode(long) == library.encode(long).ids
+
+
+def test_windows_that_find_no_joint_give_way_to_one_piece() -> None:
+    # Whole-text tokens: neighbouring windows never agree on any.
+    vocabulary = {"\u0120" * 40: 1, "\u0120": 0}
+    content = tokenizer_json() | {
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "\u0120"},
+        "added_tokens": [],
+    }
+    tokenizer = HfTokenizer(Library.from_str(json.dumps(content)))
+    assert tokenizer.encode(" " * 100_000) == [0]
 
 
 @pytest.mark.parametrize("token", [-1, 257, 10**9])
