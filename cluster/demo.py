@@ -173,7 +173,9 @@ def ask(
         "evidence": True,
     }
     begun, ttft_s = time.monotonic(), 0.0
-    text, usage, evidence = "", {}, []
+    text = ""
+    usage: dict[str, Any] = {}
+    evidence: list[dict[str, Any]] = []
     with client.stream("POST", "/v1/chat/completions", content=orjson.dumps(body)) as response:
         if response.status_code != 200:
             response.read()

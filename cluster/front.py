@@ -53,21 +53,20 @@ def open_service(spec: FrontSpec, *, hold: Hold = no_hold) -> Flow:
 def build_app(spec: FrontSpec, service: Flow) -> FastAPI:
     from cluster.api import create_app
     from penstock.chat import open_chat
-    from penstock.folder import model_folder, sampling_defaults
+    from penstock.folder import sampling_defaults
     from penstock.telemetry import Telemetry
     from penstock.tokenizer import open_tokenizer
 
     model = spec.config.model.model
     tokenizer = open_tokenizer(model)
     chat = open_chat(model, tokenizer) if tokenizer is not None else None
-    folder = model_folder(model)
     return create_app(
         service,
         tokenizer=tokenizer,
         chat=chat,
         config=spec.config.front,
         telemetry=Telemetry(),
-        sampling_defaults=sampling_defaults(folder) if folder is not None else None,
+        sampling_defaults=sampling_defaults(model),
     )
 
 
@@ -106,7 +105,8 @@ async def _serve(spec: FrontSpec) -> None:
         )
     )
     serving = asyncio.create_task(server.serve())
-    while not server.started and not serving.done():
+    # uvicorn has no event for this.
+    while not server.started and not serving.done():  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     if server.started:
         print(f"ready {front.host}:{front.port}", flush=True)

@@ -7,11 +7,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cluster.config import ClusterConfig
 from cluster.contracts import Endpoint
@@ -106,12 +107,15 @@ class RayLauncher:
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
         gpus = 1 if config.model.device == "cuda" else 0
+        router: Any = RequestRouterConfig(request_router_class=cast(Any, TargetedRouter))
+        # Serve's decorator with a class as its first argument; its stubs know only the other form.
+        deployment_of = cast(Any, serve.deployment)
         targets = []
         for role, replica, replicas in (
             ("prefill", PrefillReplica, config.prefill.replicas),
             ("decode", DecodeReplica, config.decode.replicas),
         ):
-            deployment = serve.deployment(
+            deployment = deployment_of(
                 replica,
                 name=role,
                 num_replicas=replicas,
@@ -121,13 +125,13 @@ class RayLauncher:
                 graceful_shutdown_timeout_s=config.launcher.drain_timeout_s,
                 graceful_shutdown_wait_loop_s=0.2,
                 ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
-                request_router_config=RequestRouterConfig(request_router_class=TargetedRouter),
+                request_router_config=router,
             )
             spec = worker_spec(config, role=role, worker_id=role, store_address=store_address)
             app = deployment.bind(spec.model_dump_json())
             targets.append(serve.RunTarget(app, name=role, route_prefix=None))
-        front = serve.deployment(
-            FrontReplica,
+        front = deployment_of(
+            serve.ingress()(FrontReplica),
             name="front",
             num_replicas=config.front.replicas,
             max_ongoing_requests=config.front.max_streams,
@@ -153,14 +157,14 @@ class RayLauncher:
 
     def stop(self) -> None:
         self._stopping.set()
-        if "ray" in __import__("sys").modules:
+        if "ray" in sys.modules:
             import ray
 
             if ray.is_initialized():
                 from ray import serve
 
                 try:
-                    serve.shutdown()
+                    cast(Any, serve).shutdown()
                 except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
                     _log.warning("Serve did not shut down cleanly: %s", error)
                 ray.shutdown()
@@ -177,5 +181,6 @@ class RayLauncher:
 def _cause(text: str) -> str:
     """The last line of Serve's report that says something, not its traceback."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line and not line.startswith(("File",
-    "Traceback"))] return (errors or lines or ["a deployment failed to start"])[-1]
+    skip = ("File", "Traceback")
+    errors = [line for line in lines if "Error" in line and not line.startswith(skip)]
+    return (errors or lines or ["a deployment failed to start"])[-1]
