@@ -204,6 +204,8 @@ def _joint(left: _Window, right: _Window) -> tuple[int, int] | None:
     Neither may be trusted near its own edge, where it does not see the neighbouring text; after
     `_AGREE_TOKENS` equal tokens both have forgotten their edges.
     """
+    if not right[1]:
+        return None
     at = {span: index for index, span in enumerate(right[1])}
     first = len(left[0])
     while first and left[1][first - 1][0] >= right[1][0][0]:

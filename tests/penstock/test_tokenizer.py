@@ -115,10 +115,9 @@ def test_long_text_is_cut_into_windows_without_a_trace(hf: HfTokenizer, text: st
 
 def test_windows_that_find_no_joint_give_way_to_one_piece() -> None:
     # Whole-text tokens: neighbouring windows never agree on any.
-    vocabulary = {"\u0120" * 40: 1, "\u0120": 0}
     content = tokenizer_json() | {
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "\u0120"},
+        "pre_tokenizer": None,
+        "model": {"type": "WordLevel", "vocab": {"x": 0}, "unk_token": "x"},
         "added_tokens": [],
     }
     tokenizer = HfTokenizer(Library.from_str(json.dumps(content)))
