@@ -1,0 +1,221 @@
+"""gRPC between the front and the workers: options, errors across the wire, the workers' server.
+
+An error crosses as status code and sentence, plus its `code` and retry time in trailing metadata;
+`error_from_rpc` rebuilds the same class on the other side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+
+from penstock.errors import (
+    CancelledError,
+    DeadlineError,
+    InvalidRequestError,
+    OverloadedError,
+    PenstockError,
+    UsageError,
+    WorkerUnavailableError,
+    from_code,
+)
+
+CODE_KEY = "penstock-code"
+RETRY_KEY = "retry-after-ms"
+MAX_MESSAGE_BYTES = 32 << 20
+"""A prompt of a million tokens takes at most 5 MB; this leaves room for several."""
+_MAX_DETAIL_CHARS = 2_000
+
+_log = logging.getLogger(__name__)
+
+Request = TypeVar("Request", bound=Message)
+Write = Callable[[Any], Awaitable[None]]
+Handler = Callable[[Request, Write], Awaitable[None]]
+
+
+class FingerprintMismatchError(PenstockError):
+    """The request was routed for another model, format or numerics than this worker serves."""
+
+    http_status = 503
+    code = "fingerprint_mismatch"
+    grpc_code = "FAILED_PRECONDITION"
+    retry_after_s = 1.0
+
+
+def channel_options() -> list[tuple[str, int]]:
+    """Client side: large prompts fit, dead peers are noticed within 15 s, reconnects are quick."""
+    return [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+    ]
+
+
+def server_options() -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        # Two workers on one port would each see half of the calls.
+        ("grpc.so_reuseport", 0),
+        # A front that vanished without a word must not keep memory and leases.
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.max_ping_strikes", 0),
+    ]
+
+
+def error_from_rpc(error: grpc.aio.AioRpcError, *, peer: str) -> PenstockError:
+    """The error tree's word for a failed call to `peer` (a name for the sentence)."""
+    code, message = error.code(), error.details() or ""
+    metadata = {str(key): str(value) for key, value in error.trailing_metadata() or ()}
+    if CODE_KEY in metadata:
+        retry = metadata.get(RETRY_KEY, "")
+        retry_after_s = int(retry) / 1e3 if retry.isdigit() else None
+        if metadata[CODE_KEY] == FingerprintMismatchError.code:
+            return FingerprintMismatchError(message, retry_after_s=retry_after_s)
+        return from_code(metadata[CODE_KEY], message, retry_after_s=retry_after_s)
+    match code:
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineError(f"{peer} did not finish in time")
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return OverloadedError(f"{peer} refused the call: {message}")
+        case grpc.StatusCode.CANCELLED:
+            # Our own cancel raises asyncio's exception; this one is a peer that went down.
+            return WorkerUnavailableError(f"{peer} ended the call: {message}")
+        case grpc.StatusCode.UNAVAILABLE:
+            return WorkerUnavailableError(f"{peer} cannot be reached: {message}")
+        case grpc.StatusCode.INVALID_ARGUMENT:
+            return InvalidRequestError(message)
+        case _:
+            return PenstockError(f"{peer} failed ({code.name}): {message}")
+
+
+async def abort_with(context: Any, error: PenstockError) -> None:
+    """End the call with `error`. Always raises (grpc's own exception)."""
+    metadata = [(CODE_KEY, error.code or "")]
+    if error.retry_after_s is not None:
+        metadata.append((RETRY_KEY, str(int(error.retry_after_s * 1e3))))
+    code = getattr(grpc.StatusCode, error.grpc_code)
+    await context.abort(code, error.message[:_MAX_DETAIL_CHARS], trailing_metadata=tuple(metadata))
+
+
+def unary_stream(request_type: type[Request], handler: Handler[Request]) -> Any:
+    """A method that answers one request with a stream of messages, errors mapped.
+
+    `handler` is cancelled when the client cancels or its deadline passes.
+    """
+
+    async def handle(raw: bytes, context: Any) -> None:
+        try:
+            try:
+                request = request_type.FromString(raw)
+            except DecodeError as error:
+                raise InvalidRequestError(f"the bytes are no {request_type.__name__}") from error
+            await handler(request, context.write)
+        except PenstockError as error:
+            await abort_with(context, error)
+        except asyncio.CancelledError:
+            raise
+        except grpc.aio.BaseError:
+            # The client went away between two writes; there is nobody to tell.
+            _log.debug("the client of a stream went away", exc_info=True)
+        except Exception as error:
+            # The boundary: whatever else went wrong becomes a sentence here and a trace in the log.
+            _log.exception("a request failed in an unexpected way")
+            await abort_with(context, PenstockError(f"the worker failed: {error}"))
+
+    return grpc.unary_stream_rpc_method_handler(
+        handle, response_serializer=lambda message: message.SerializeToString()
+    )
+
+
+class WorkerServer:
+    """One gRPC server with a health service, on a port of its own. `stop` may be called again."""
+
+    def __init__(
+        self, service: str, methods: dict[str, Any], *, host: str, max_concurrent_calls: int
+    ) -> None:
+        self._service = service
+        self._host = host
+        self._health: Any = health.HealthServicer()
+        self._server = grpc.aio.server(
+            options=server_options(), maximum_concurrent_rpcs=max_concurrent_calls
+        )
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(service, methods),)
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+
+    async def start(self) -> str:
+        """The address that others can call. Raises UsageError if the host cannot be bound."""
+        bracketed = f"[{self._host}]" if ":" in self._host else self._host
+        try:
+            port = self._server.add_insecure_port(f"{bracketed}:0")
+        except RuntimeError as error:
+            raise UsageError(f"a worker cannot listen on {self._host}: {error}") from error
+        await self._server.start()
+        await self.set_serving(True)
+        return f"{_reachable(bracketed)}:{port}"
+
+    async def set_serving(self, serving: bool) -> None:
+        """What the health service answers."""
+        status = health_pb2.HealthCheckResponse.SERVING
+        if not serving:
+            status = health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", self._service):
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, give running ones `grace_s`, then cancel them."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+
+def _reachable(host: str) -> str:
+    """A wildcard is no address to call: this machine's own instead."""
+    if host not in ("0.0.0.0", "[::]"):
+        return host
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"
+
+
+def client_gone() -> CancelledError:
+    """For steps that end because their client did."""
+    return CancelledError("the client cancelled the request")
+
+
+def check_fingerprint(asked: bytes, own: bytes) -> None:
+    """Raises FingerprintMismatchError unless a request was meant for this worker's numbers."""
+    if asked != own:
+        raise FingerprintMismatchError(
+            f"the request is for fingerprint {asked.hex()[:12] or '(none)'} but this worker serves "
+            f"{own.hex()[:12]}: they differ in weights, formats or numerics"
+        )
+
+
+def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
+    """Raises InvalidRequestError for an empty prompt or an id outside the vocabulary."""
+    if not tokens:
+        raise InvalidRequestError("the prompt is empty", param="messages")
+    highest = max(tokens)
+    if highest >= vocab_size:
+        raise InvalidRequestError(
+            f"token id {highest} is outside the vocabulary of {vocab_size}", param="tokens"
+        )

@@ -1,0 +1,268 @@
+"""The prefill worker: the `Prefill` service over a `PromptRunner`, registered in the directory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+
+from kvstore.client import StoreClient
+from kvstore.contracts import BlockStore
+from kvstore.directory_client import DirectoryClient
+from model.engine import Engine
+from model.open import open_engine
+from penstock.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    ModelLoadError,
+    PenstockError,
+    WorkerUnavailableError,
+)
+from penstock.identity import Chain
+from penstock.rpc import WorkerServer, Write, check_fingerprint, check_tokens, unary_stream
+from penstock.worker import WorkerSpec
+from prefill.job import Listener, Outcome, Prompt, PromptRunner
+from prefill.scheduler import PromptScheduler
+from prefill.sequence import ModelThread
+from protos.penstock.kv.v1 import kv_pb2
+from protos.penstock.worker.v1 import worker_pb2
+
+SERVICE = "penstock.worker.v1.Prefill"
+STOP_GRACE_S = 1.0
+_SPARE_CALLS = 64
+"""Calls beyond running and queued ones, so that refusals and health checks get through."""
+
+
+async def open_worker(spec: WorkerSpec) -> PrefillWorker:
+    """A worker with the engine and clients that `spec` names; its `stop` closes them.
+
+    Raises ModelLoadError if the model cannot be opened. `start` it next.
+    """
+    try:
+        engine = await asyncio.to_thread(open_engine, spec.model)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        raise ModelLoadError(f"the model '{spec.model.model}' cannot be opened: {error}") from error
+    store = StoreClient(
+        spec.store_address,
+        fingerprint=engine.info.fingerprint,
+        layout=engine.info.layout,
+        index=spec.index_url,
+    )
+    directory = DirectoryClient(spec.store_address)
+    return PrefillWorker(
+        spec, engine, store, directory, close_with=(store.close, directory.close), owns_engine=True
+    )
+
+
+class PrefillWorker:
+    """Belongs to one event loop. `start` once; `drain` and `stop` may be called again.
+
+    `directory` None: not registered anywhere (tests). `close_with` is awaited at the end of `stop`;
+    an engine that is not owned is left open.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        engine: Engine,
+        store: BlockStore,
+        directory: DirectoryClient | None = None,
+        *,
+        close_with: Sequence[Callable[[], Awaitable[None]]] = (),
+        owns_engine: bool = False,
+    ) -> None:
+        self.spec = spec
+        self.address = ""
+        self.draining = False
+        self.counters: Counter[str] = Counter()
+        self._engine = engine
+        self._directory = directory
+        self._thread = ModelThread("prefill-model")
+        self.scheduler = PromptScheduler(
+            capacity_bytes=spec.kv_memory_bytes,
+            max_running=spec.max_running,
+            max_queued=spec.max_queued,
+            queue_timeout_s=spec.queue_timeout_s,
+        )
+        self.runner = PromptRunner(engine, self._thread, store, self.scheduler, spec.chunk_tokens)
+        self._server: WorkerServer | None = None
+        self._registration = AsyncExitStack()
+        self._close_with = tuple(close_with)
+        self._owns_engine = owns_engine
+        self._calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def start(self) -> str:
+        """Serve and register; the address. Raises StoreUnavailableError without a directory."""
+        spec = self.spec
+        self._server = WorkerServer(
+            SERVICE,
+            {"Run": unary_stream(worker_pb2.PrefillRequest, self._run)},
+            host=spec.listen_host,
+            max_concurrent_calls=spec.max_running + spec.max_queued + _SPARE_CALLS,
+        )
+        self.address = await self._server.start()
+        if self._directory is not None:
+            await self._registration.enter_async_context(
+                self._directory.registered(
+                    self.describe, ttl_s=spec.directory_ttl_s, period_s=spec.heartbeat_s
+                )
+            )
+        return self.address
+
+    def check(self) -> None:
+        """Raises WorkerUnavailableError unless the worker serves."""
+        if self._server is None:
+            raise WorkerUnavailableError(f"prefill worker {self.spec.worker_id} does not serve")
+
+    async def drain(self, timeout_s: float = 60.0) -> bool:
+        """Refuse new requests and wait for those that run. False if some still run after that."""
+        self.draining = True
+        if self._server is not None:
+            await self._server.set_serving(False)
+        await self._announce()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """Cancel what runs, leave the directory, close what `open_worker` opened."""
+        self.draining = True
+        await self._registration.aclose()
+        server, self._server = self._server, None
+        if server is None:
+            return
+        await server.stop(STOP_GRACE_S)
+        await self.runner.settle()
+        if self._owns_engine:
+            await self._thread.run(self._engine.close)
+        await self._thread.close()
+        for close in self._close_with:
+            await close()
+
+    def describe(self) -> kv_pb2.Worker:
+        """The directory's entry, as of now."""
+        info, scheduler = self._engine.info, self.scheduler
+        return kv_pb2.Worker(
+            worker_id=self.spec.worker_id,
+            role=kv_pb2.WORKER_ROLE_PREFILL,
+            address=self.address,
+            model=self.spec.model.served_name or self.spec.model.model,
+            fingerprint=info.fingerprint,
+            pid=os.getpid(),
+            draining=self.draining,
+            running=scheduler.running,
+            queued=scheduler.queued,
+            queued_tokens=scheduler.pending_tokens,
+            capacity_bytes=scheduler.capacity_bytes,
+            used_bytes=scheduler.used_bytes,
+            max_model_len=info.max_model_len,
+            bytes_per_token=info.layout.bytes_per_token,
+            metrics=self.metrics(),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Counters since the start and gauges, by name."""
+        scheduler = self.scheduler
+        values: dict[str, float] = {name: float(self.counters[name]) for name in _COUNTERS}
+        values |= {
+            "running": float(scheduler.running),
+            "queued": float(scheduler.queued),
+            "reserved_bytes": float(scheduler.used_bytes),
+            "pending_tokens": float(scheduler.pending_tokens),
+        }
+        return values
+
+    async def _announce(self) -> None:
+        if self._directory is None or not self.address:
+            return
+        try:
+            await self._directory.register(self.describe(), ttl_s=self.spec.directory_ttl_s)
+        except PenstockError:
+            # The next heartbeat says the same.
+            return
+
+    async def _run(self, request: worker_pb2.PrefillRequest, write: Write) -> None:
+        """The RPC: checks, then one prompt; every way out is counted once."""
+        if self.draining:
+            raise WorkerUnavailableError(f"prefill worker {self.spec.worker_id} is draining")
+        self.counters["requests_total"] += 1
+        self._calls += 1
+        self._idle.clear()
+        try:
+            prompt = await asyncio.to_thread(self._read, request)
+            outcome = await self.runner.run(prompt, _listener(write))
+            self._count(outcome)
+            await write(_done(outcome))
+        except asyncio.CancelledError:
+            self.counters["requests_cancelled_total"] += 1
+            raise
+        except Exception:
+            self.counters["requests_failed_total"] += 1
+            raise
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self._idle.set()
+
+    def _read(self, request: worker_pb2.PrefillRequest) -> Prompt:
+        """In a thread: copying and hashing a million tokens takes some 100 ms."""
+        asked, info = request.prompt, self._engine.info
+        check_fingerprint(asked.fingerprint, info.fingerprint)
+        tokens = tuple(asked.token_ids)
+        check_tokens(tokens, info.vocab_size)
+        if not asked.request_id or len(asked.namespace) != 32:
+            raise InvalidRequestError("a prompt needs a request id and a namespace of 32 bytes")
+        if len(tokens) > info.max_model_len:
+            raise ContextLengthError(
+                f"the prompt has {len(tokens)} tokens but the model takes at most "
+                f"{info.max_model_len}",
+                param="messages",
+            )
+        chain = Chain.start(info.fingerprint, asked.namespace).extend(tokens)
+        lease_ttl_s = request.lease_ttl_ms / 1e3 or self.spec.lease_ttl_s
+        return Prompt(asked.request_id, chain, tuple(request.boundaries), lease_ttl_s)
+
+    def _count(self, outcome: Outcome) -> None:
+        self.counters["prefill_computed_tokens_total"] += outcome.computed_tokens
+        self.counters["prefill_cached_tokens_total"] += outcome.cached_tokens
+        self.counters["bytes_published_total"] += outcome.bytes_published
+
+
+_COUNTERS = (
+    "requests_total",
+    "requests_failed_total",
+    "requests_cancelled_total",
+    "prefill_computed_tokens_total",
+    "prefill_cached_tokens_total",
+    "bytes_published_total",
+)
+
+
+def _listener(write: Write) -> Listener:
+    async def started(cached_tokens: int) -> None:
+        event = worker_pb2.PrefillStarted(cached_tokens=cached_tokens)
+        await write(worker_pb2.PrefillEvent(started=event))
+
+    async def progress(tokens_done: int) -> None:
+        event = worker_pb2.PrefillProgress(tokens_done=tokens_done)
+        await write(worker_pb2.PrefillEvent(progress=event))
+
+    return Listener(started, progress)
+
+
+def _done(outcome: Outcome) -> worker_pb2.PrefillEvent:
+    return worker_pb2.PrefillEvent(
+        done=worker_pb2.PrefillDone(
+            cached_tokens=outcome.cached_tokens,
+            computed_tokens=outcome.computed_tokens,
+            compute_s=outcome.compute_s,
+            bytes_published=outcome.bytes_published,
+        )
+    )
