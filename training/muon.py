@@ -1,0 +1,63 @@
+"""Muon with the ten-step hybrid Newton-Schulz of the V4 report (section 2.4)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+FAST = (3.4445, -4.7750, 2.0315)
+LAST = (2.0, -1.5, 0.5)
+
+
+def orthogonalize(m: Tensor) -> Tensor:
+    """[..., a, b] -> the nearest (semi-)orthogonal matrix: 8 fast steps, then 2 that converge."""
+    flip = m.shape[-2] > m.shape[-1]
+    x = m.mT if flip else m
+    x = x / (x.flatten(-2).norm(dim=-1)[..., None, None] + 1e-20)
+    for a, b, c in (FAST,) * 8 + (LAST,) * 2:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    result: Tensor = x.mT if flip else x
+    return result
+
+
+class Muon:
+    """Momentum 0.95, Nesterov; the update is scaled by 0.18 sqrt(max(rows, columns)).
+
+    `matrices` pairs a parameter with the shape [count, rows, columns] of the independent matrices
+    in it. Equal shapes are orthogonalized together.
+    """
+
+    def __init__(self, matrices: Iterable[tuple[Tensor, tuple[int, int, int], float]]) -> None:
+        self.momentum = 0.95
+        self.groups: dict[tuple[int, int], list[tuple[Tensor, tuple[int, int, int], float]]]
+        self.groups = defaultdict(list)
+        for parameter, shape, rate in matrices:
+            self.groups[min(shape[1:]), max(shape[1:])].append((parameter, shape, rate))
+        self.state: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Apply and clear the gradients."""
+        for members in self.groups.values():
+            updates = []
+            for parameter, shape, _ in members:
+                gradient = parameter.grad
+                if gradient is None:
+                    gradient = torch.zeros_like(parameter)
+                state = self.state.setdefault(id(parameter), torch.zeros_like(parameter))
+                state.mul_(self.momentum).add_(gradient)
+                update = (gradient + self.momentum * state).view(shape)
+                updates.append(update.mT if shape[1] > shape[2] else update)
+                parameter.grad = None
+            whole = orthogonalize(torch.cat(updates))
+            at = 0
+            for (parameter, shape, rate), update in zip(members, updates, strict=True):
+                part = whole[at : at + len(update)]
+                at += len(update)
+                part = part.mT if shape[1] > shape[2] else part
+                scale = 0.18 * max(shape[1:]) ** 0.5
+                parameter.sub_(part.reshape(parameter.shape), alpha=lr * rate * scale)
