@@ -31,7 +31,9 @@ class BackendError(ValueError):
 
 
 class ReferenceOps:
-    """Plain torch on any device that torch computes exactly on; `name` is part of the fingerprint."""
+    """Plain torch on any device that torch computes exactly on; `name` is part of the
+    fingerprint.
+    """
 
     name = "reference-1"
 

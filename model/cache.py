@@ -47,8 +47,9 @@ def no_previous_window(ratio: int, dim: int) -> Tensor:
 class SequenceCache:
     """Cache of one sequence; fulfils the `Sequence` protocol. Memory is taken at construction."""
 
-    def __init__(self, config: ModelConfig, capacity: int) -> None:
+    def __init__(self, config: ModelConfig, capacity: int, *, owner: object) -> None:
         self._capacity = capacity
+        self.owner = owner
         self._config = config
         self.position = 0
         self.loaded_blocks = 0

@@ -1,4 +1,5 @@
-"""Cache rows: the values that attention uses, and their stored bytes (architecture.md, "The store").
+"""Cache rows: the values that attention uses, and their stored bytes (architecture.md, "The
+store").
 
 A row is rounded once, when it is born. Memory holds the rounded values as fp32; bytes are made from
 them on export, so a restored row and a computed one are the same number.
@@ -35,7 +36,9 @@ class RowCodec:
                 return x_RC
 
     def round_index(self, x_RC: Tensor) -> Tensor:
-        """Index queries and keys. Without FP4 the Hadamard rotation cancels and is left out (2.4)."""
+        """Index queries and keys. Without FP4 the Hadamard rotation cancels and is left out
+        (2.4).
+        """
         match self._kv:
             case KvFormat.FP8:
                 return self._ops.fp4_round(self._ops.hadamard(x_RC, self._signs))

@@ -1,4 +1,6 @@
-"""`ModelConfig`: an official `config.json`, checked and frozen (deepseek-v4.md 1.1, 1.2). Torch-free."""
+"""`ModelConfig`: an official `config.json`, checked and frozen (deepseek-v4.md 1.1, 1.2).
+Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,34 @@ CSA_RATIO = 4
 _ALIGN_TOKENS = 128
 _ARCHITECTURE = "DeepseekV4ForCausalLM"
 _REQUIRED = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim qk_rope_head_dim "
-    "q_lora_rank o_groups o_lora_rank sliding_window index_n_heads index_head_dim index_topk "
-    "n_routed_experts num_experts_per_tok moe_intermediate_size routed_scaling_factor "
-    "num_hash_layers swiglu_limit hc_mult hc_sinkhorn_iters hc_eps rms_norm_eps rope_theta "
-    "compress_rope_theta compress_ratios max_position_embeddings"
-).split()
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "qk_rope_head_dim",
+    "q_lora_rank",
+    "o_groups",
+    "o_lora_rank",
+    "sliding_window",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "routed_scaling_factor",
+    "num_hash_layers",
+    "swiglu_limit",
+    "hc_mult",
+    "hc_sinkhorn_iters",
+    "hc_eps",
+    "rms_norm_eps",
+    "rope_theta",
+    "compress_rope_theta",
+    "compress_ratios",
+    "max_position_embeddings",
+)
 _FIXED = {
     "n_shared_experts": 1,
     "num_key_value_heads": 1,
@@ -102,7 +126,9 @@ class ModelConfig:
 
     @classmethod
     def load(cls, folder: Path | str) -> ModelConfig:
-        """Read `config.json` (and `generation_config.json` for the end tokens) of a model folder."""
+        """Read `config.json` (and `generation_config.json` for the end tokens) of a model
+        folder.
+        """
         path = Path(folder)
         raw = _read_json(path / "config.json", required=True)
         generation = _read_json(path / "generation_config.json", required=False)
@@ -217,7 +243,9 @@ def _ratios(raw: dict[str, Any]) -> tuple[int, ...]:
             "it must list at least one ratio a layer"
         )
     for ratio in ratios[:layers]:
-        known = isinstance(ratio, int) and (ratio == 0 or (ratio > 0 and _ALIGN_TOKENS % ratio == 0))
+        known = isinstance(ratio, int) and (
+            ratio == 0 or (ratio > 0 and _ALIGN_TOKENS % ratio == 0)
+        )
         if not known:
             raise ModelLoadError(
                 f"config.json has compress ratio {ratio!r}; a ratio is 0 (window only), 4 (CSA) "

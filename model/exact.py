@@ -30,7 +30,7 @@ def row_tile_for(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int |
         return None
 
     def tiled(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.cat([F.linear(part, weight) for part in x.split(ROW_MULTIPLE)])
+        return torch.cat([F.linear(part, weight) for part in torch.split(x, ROW_MULTIPLE)])
 
     for k, n in wanted:
         if not _rows_alike(k, n, dtype, tiled):

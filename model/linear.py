@@ -23,4 +23,4 @@ class Linear:
         x = x_RK.to(self.weight_NK.dtype)
         if self.row_tile is None or x.shape[0] <= self.row_tile:
             return F.linear(x, self.weight_NK)
-        return torch.cat([F.linear(part, self.weight_NK) for part in x.split(self.row_tile)])
+        return torch.cat([F.linear(part, self.weight_NK) for part in torch.split(x, self.row_tile)])

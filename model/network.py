@@ -1,4 +1,5 @@
-"""The network on one rank: embedding, blocks, head (deepseek-v4.md 1.3), built from checked weights.
+"""The network on one rank: embedding, blocks, head (deepseek-v4.md 1.3), built from checked
+weights.
 
 Shape suffixes: R rows, S streams, D model width, V vocabulary.
 """

@@ -125,7 +125,5 @@ class Rows:
     def last_of_each(self) -> tuple[Tensor, Rows]:
         """Row numbers of every span's last token, and those rows as a pass of their own."""
         index = torch.tensor([span.row + span.count - 1 for span in self.spans])
-        spans = [
-            Span(span.cache, row, 1, span.end - 1) for row, span in enumerate(self.spans)
-        ]
+        spans = [Span(span.cache, row, 1, span.end - 1) for row, span in enumerate(self.spans)]
         return index, Rows(spans, window=self.window)

@@ -1,4 +1,5 @@
-"""`TorchEngine`: the `Engine` contract on torch (deepseek-v4.md; architecture.md, "Numerics classes").
+"""`TorchEngine`: the `Engine` contract on torch (deepseek-v4.md; architecture.md, "Numerics
+classes").
 
 `forward` cuts its segments into passes of at most `PASS_ROWS` rows, and at every position whose
 state is wanted: in class `exact` a cut changes nothing, so any cut is allowed.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -130,6 +132,7 @@ class TorchEngine:
                 dtype=_DTYPES[options.dtype],
                 row_tile=row_tile,
             )
+        self._owner = object()
         self._open: dict[int, SequenceCache] = {}
         self._info = EngineInfo(
             fingerprint=fingerprint(
@@ -160,7 +163,7 @@ class TorchEngine:
     def open(self, capacity: int) -> SequenceCache:
         if not 0 < capacity <= self._info.max_model_len:
             raise ValueError(f"capacity {capacity} is outside 1..{self._info.max_model_len}")
-        sequence = SequenceCache(self._config, capacity)
+        sequence = SequenceCache(self._config, capacity, owner=self._owner)
         self._open[id(sequence)] = sequence
         return sequence
 
@@ -250,10 +253,9 @@ class TorchEngine:
         self._open.clear()
 
     def _mine(self, sequence: Sequence) -> SequenceCache:
-        known = isinstance(sequence, SequenceCache)
-        if not known or not (sequence.released or id(sequence) in self._open):
-            raise ValueError("this sequence belongs to another engine")
-        return sequence
+        if isinstance(sequence, SequenceCache) and sequence.owner is self._owner:
+            return sequence
+        raise ValueError("this sequence belongs to another engine")
 
     def _live(self, sequence: Sequence) -> SequenceCache:
         mine = self._mine(sequence)
@@ -273,11 +275,9 @@ class TorchEngine:
         if tokens and not (min(tokens) >= 0 and max(tokens) < self._config.vocab_size):
             raise ValueError(f"a token id is outside the vocabulary of {self._config.vocab_size}")
         wanted = segment.states_at
-        ascending = all(a < b for a, b in zip(wanted, wanted[1:], strict=False))
+        ascending = all(a < b for a, b in pairwise(wanted))
         if wanted and not (ascending and mine.position < wanted[0] and wanted[-1] <= end):
-            raise ValueError(
-                f"states_at {wanted} must ascend inside ({mine.position}, {end}]"
-            )
+            raise ValueError(f"states_at {wanted} must ascend inside ({mine.position}, {end}]")
         return _Work(mine, tokens, wanted)
 
 
@@ -329,6 +329,7 @@ def _check_machine(
     heads = config.heads * QUERY_TILE
     keys = round_up(config.window + QUERY_TILE, ROW_MULTIPLE)
     batches = [(heads, config.head_dim, keys), (heads, keys, config.head_dim)]
+    batches.append((config.streams, config.streams, config.hidden))
     for rows in (ROW_MULTIPLE, 4 * ROW_MULTIPLE):
         batches.append((rows, config.head_dim, ENTRY_TILE))
         batches.append((rows, ENTRY_TILE, config.head_dim))
@@ -349,7 +350,9 @@ def _facts(
     kernel_set: str,
     row_tile: int | None,
 ) -> dict[str, object]:
-    """All that changes the stored numbers (architecture.md). Class `fast` leaves the platform out."""
+    """All that changes the stored numbers (architecture.md). Class `fast` leaves the platform
+    out.
+    """
     facts: dict[str, object] = {
         "weights": weights_digest,
         "config": config.facts(),

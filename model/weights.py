@@ -1,4 +1,5 @@
-"""Loading an official model folder: every tensor checked by name, shape and type (deepseek-v4.md 6).
+"""Loading an official model folder: every tensor checked by name, shape and type
+(deepseek-v4.md 6).
 
 bf16 and fp32 tensors only; FP8 and FP4 weights are refused by name until their loader exists.
 """
@@ -197,5 +198,5 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        total.update(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+        total.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -1,1 +1,3 @@
-"""What each op means, in plain torch: the specification that every faster backend is tested against."""
+"""What each op means, in plain torch: the specification that every faster backend is tested
+against.
+"""

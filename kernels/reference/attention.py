@@ -31,7 +31,9 @@ class Part:
 
 
 def tile_part(q_NQC: Tensor, kv_NKC: Tensor, hidden_NQK: Tensor, *, scale: float) -> Part:
-    """One softmax part per tile: query row q of tile n sees the keys of tile n that are not hidden."""
+    """One softmax part per tile: query row q of tile n sees the keys of tile n that are not
+    hidden.
+    """
     score = torch.bmm(q_NQC, kv_NKC.transpose(1, 2)).mul_(scale)
     score.masked_fill_(hidden_NQK, float("-inf"))
     top = score.amax(-1).clamp_min_(_NO_KEY)

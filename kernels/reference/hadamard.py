@@ -22,4 +22,4 @@ def hadamard_matrix(size: int) -> Tensor:
 
 def hadamard(x_RC: Tensor, matrix_CC: Tensor) -> Tensor:
     """x H / sqrt(C). The matrix holds only signs: the scale is one multiplication at the end."""
-    return torch.mm(x_RC, matrix_CC) * float(matrix_CC.shape[0]) ** -0.5
+    return torch.mm(x_RC, matrix_CC).mul_(matrix_CC.shape[0] ** -0.5)

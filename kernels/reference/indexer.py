@@ -12,7 +12,12 @@ KEY_TILE = 512
 
 
 def index_scores(
-    q_RHC: Tensor, weight_RH: Tensor, keys_EC: Tensor, visible_R: Tensor, *, key_tile: int = KEY_TILE
+    q_RHC: Tensor,
+    weight_RH: Tensor,
+    keys_EC: Tensor,
+    visible_R: Tensor,
+    *,
+    key_tile: int = KEY_TILE,
 ) -> Tensor:
     """score[r, e] = sum over heads of weight * relu(q . k), -inf where e >= visible_R[r]; fp32.
 

@@ -1,4 +1,5 @@
-"""Shapes that keep CPU kernels independent of how many rows share a call (architecture.md, "Numerics classes").
+"""Shapes that keep CPU kernels independent of how many rows share a call (architecture.md,
+"Numerics classes").
 
 Vectorised and scalar code paths of one elementwise function may differ by an ulp, and a matmul with
 few rows may take another code path. Both are avoided by shape: no scalar tails, at least 16 rows.

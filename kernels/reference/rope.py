@@ -15,7 +15,9 @@ from kernels.reference.lanes import full_lanes
 
 
 def frequencies(dim: int, theta: float, scaling: Mapping[str, float] | None) -> Tensor:
-    """[P] fp32 angular frequencies; `scaling` has factor, original, beta_fast, beta_slow or is None."""
+    """[P] fp32 angular frequencies; `scaling` has factor, original, beta_fast, beta_slow or is
+    None.
+    """
     freq = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     if scaling is None:
         return freq

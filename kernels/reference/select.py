@@ -1,4 +1,5 @@
-"""Top-k selection with one meaning everywhere: ties go to the lowest index (deepseek-v4.md 2.4, T15).
+"""Top-k selection with one meaning everywhere: ties go to the lowest index (deepseek-v4.md 2.4,
+T15).
 
 Shape suffixes: R rows, E entries, K selected slots.
 """

@@ -1,4 +1,5 @@
-"""Attention of one layer: window, heavy entries or selected entries, one softmax (deepseek-v4.md 2).
+"""Attention of one layer: window, heavy entries or selected entries, one softmax
+(deepseek-v4.md 2).
 
 Two steps: `absorb` writes what these rows add to the caches; `attend` answers for some rows. In the
 last layer only the rows whose prediction is wanted need the second step.
@@ -150,9 +151,7 @@ class Attention:
 
     def _empty_part(self, rows: Rows) -> Part:
         top = torch.full((rows.padded, self._heads), _NO_KEY)
-        return Part(
-            top, torch.zeros_like(top), torch.zeros((rows.padded, self._heads, self._dim))
-        )
+        return Part(top, torch.zeros_like(top), torch.zeros((rows.padded, self._heads, self._dim)))
 
     def _heavy_part(self, rows: Rows, caches: Sequence[LayerCache], q_RHC: Tensor) -> Part:
         """HCA: every complete entry, in tiles of 128 entries."""
@@ -223,7 +222,9 @@ class Attention:
         top_RH: Tensor,
         norm_RH: Tensor,
     ) -> list[list[tuple[int, float]]]:
-        """Heaviest entries of each row: (entry, mass averaged over heads), ties to the lower entry."""
+        """Heaviest entries of each row: (entry, mass averaged over heads), ties to the lower
+        entry.
+        """
         keys, hidden = self._gather(caches, picked_RK)
         heads = round_up(self._heads, ROW_MULTIPLE)
         pad = (0, heads - self._heads)
@@ -260,5 +261,3 @@ def _join(parts: list[Part]) -> Part:
         torch.cat([p.norm for p in parts]),
         torch.cat([p.out for p in parts]),
     )
-
-

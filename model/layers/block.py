@@ -35,9 +35,7 @@ class HyperConnection:
         pre = ops.input_gates(mixed, self.scale, self.base, streams=self.streams, eps=self.eps)
         return ops.collapse(streams_RSD, pre).to(streams_RSD.dtype)
 
-    def expand(
-        self, ops: ReferenceOps, streams_RSD: Tensor, mixed: Tensor, y_RD: Tensor
-    ) -> Tensor:
+    def expand(self, ops: ReferenceOps, streams_RSD: Tensor, mixed: Tensor, y_RD: Tensor) -> Tensor:
         post, comb = ops.output_gates(
             mixed, self.scale, self.base, streams=self.streams, iters=self.iters, eps=self.eps
         )
@@ -94,9 +92,7 @@ class Block:
             rows, tokens_R = wanted.rows, tokens_R.index_select(0, wanted.index)
             if evidence_rows is not None:
                 evidence_rows = range(rows.count)
-        attended = self._attention.attend(
-            rows, caches, x, histories, evidence_rows=evidence_rows
-        )
+        attended = self._attention.attend(rows, caches, x, histories, evidence_rows=evidence_rows)
         streams_RSD = self._attn_hc.expand(ops, streams_RSD, mixed, attended.y_RD)
         mixed = self._ffn_hc.mix(ops, streams_RSD)
         x = self._norm(self._ffn_hc.collapse(ops, streams_RSD, mixed), self._ffn_norm_D)
@@ -104,5 +100,3 @@ class Block:
 
     def _norm(self, x_RD: Tensor, weight_D: Tensor) -> Tensor:
         return self._ops.rms_norm(x_RD, weight_D, eps=self._eps).to(x_RD.dtype)
-
-

@@ -21,7 +21,8 @@ from model.linear import Linear
 from model.rows import Rows, Span
 
 CosSin = tuple[Tensor, Tensor]
-_MOST_SCORES = 1 << 21
+_MOST_SCORES = 1 << 20
+_MOST_PRODUCTS = 1 << 18
 
 
 class Indexer:
@@ -76,7 +77,8 @@ class Indexer:
         row, end = span.row, span.row + span.count
         while row < end:
             keys = max(round_up(int(visible[end - 1]), KEY_TILE), KEY_TILE)
-            tile = max(_MOST_SCORES // keys // ROW_MULTIPLE * ROW_MULTIPLE, ROW_MULTIPLE)
+            room = min(_MOST_SCORES // keys, _MOST_PRODUCTS // (KEY_TILE * self._heads))
+            tile = max(room // ROW_MULTIPLE * ROW_MULTIPLE, ROW_MULTIPLE)
             part = slice(row, min(row + tile, end))
             seen = visible[part]
             count = seen.shape[0]

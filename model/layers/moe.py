@@ -1,4 +1,5 @@
-"""Mixture of experts (deepseek-v4.md 1.4): hash or score routing, routed experts, one shared expert.
+"""Mixture of experts (deepseek-v4.md 1.4): hash or score routing, routed experts, one shared
+expert.
 
 Shape suffixes: R rows, D model width, K active experts, I expert width (2 I: gate and up together).
 """

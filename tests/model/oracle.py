@@ -111,9 +111,7 @@ _LAYER_NAMES = {
     "self_attn.o_b_proj.weight": "attn.wo_b.weight",
     "self_attn.sinks": "attn.attn_sink",
     "self_attn.compressor.indexer.q_b_proj.weight": "attn.indexer.wq_b.weight",
-    "self_attn.compressor.indexer.scorer.weights_proj.weight": (
-        "attn.indexer.weights_proj.weight"
-    ),
+    "self_attn.compressor.indexer.scorer.weights_proj.weight": ("attn.indexer.weights_proj.weight"),
     "input_layernorm.weight": "attn_norm.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
     "mlp.gate.weight": "ffn.gate.weight",
@@ -158,6 +156,16 @@ class OracleModel:
             return self.reference(torch.tensor([tokens]), use_cache=False).logits[0].float()
 
 
+def official_config(changes: dict[str, Any]) -> dict[str, Any]:
+    """A `config.json`; `ratios` in `changes` lists the backbone's layers (one draft layer is
+    added).
+    """
+    rest = {key: value for key, value in changes.items() if key != "ratios"}
+    ratios = changes["ratios"]
+    named = {"num_hidden_layers": len(ratios), "compress_ratios": [*ratios, 0]}
+    return {**_BASE, **_OFFICIAL, **named, **rest}
+
+
 def build(name: str, folder: Path, *, seed: int = 0) -> OracleModel:
     """Write model `name` of `MODELS` to `folder`."""
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
@@ -175,7 +183,7 @@ def build(name: str, folder: Path, *, seed: int = 0) -> OracleModel:
     model = DeepseekV4ForCausalLM(hf).eval().float()
     _randomise(model, hf)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**shared, **_OFFICIAL, "compress_ratios": [*ratios, 0]}
+    config = official_config(MODELS[name])
     (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
     save_file(official_tensors(model.state_dict()), folder / "model.safetensors")
     return OracleModel(folder, shared["vocab_size"], model)

@@ -1,0 +1,230 @@
+"""What every `Engine` keeps to, written against the Protocol: run it on the fake and on the model.
+
+Each function takes a factory of fresh engines. Call them from a test module:
+
+    @pytest.mark.parametrize("clause", engine_contract.CLAUSES, ids=lambda c: c.__name__)
+    def test_contract(clause): clause(make_engine)
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from model.engine import Engine, Segment, Sequence
+from penstock.blocks import BLOCK_TOKENS
+
+Factory = Callable[[], Engine]
+LENGTH = 2 * BLOCK_TOKENS + 85
+
+
+def tokens_for(engine: Engine, length: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(engine.info.vocab_size) for _ in range(length)]
+
+
+def absorb(
+    engine: Engine, tokens: list[int], *, chunk: int, capacity: int | None = None
+) -> Sequence:
+    sequence = engine.open(capacity or len(tokens))
+    for start in range(0, len(tokens), chunk):
+        engine.forward([Segment(sequence, tokens[start : start + chunk])])
+    return sequence
+
+
+def logits_of(engine: Engine, sequence: Sequence) -> bytes:
+    return bytes(engine.logits([sequence]).row(0))
+
+
+def snapshot(engine: Engine, sequence: Sequence) -> list[bytes]:
+    """All that the outside can see of a sequence: blocks, state, logits."""
+    blocks = [engine.export_block(sequence, i) for i in range(sequence.position // BLOCK_TOKENS)]
+    return [*blocks, engine.export_state(sequence), logits_of(engine, sequence)]
+
+
+def info_is_complete(make: Factory) -> None:
+    info = make().info
+    assert len(info.fingerprint) == 32
+    assert info.vocab_size > 0
+    assert info.max_model_len > 0
+    assert info.eos_token_ids
+    assert info.numerics in ("exact", "fast")
+    assert make().info.fingerprint == info.fingerprint
+
+
+def logits_are_float32_rows(make: Factory) -> None:
+    engine = make()
+    first = absorb(engine, tokens_for(engine, 5), chunk=5)
+    second = absorb(engine, tokens_for(engine, 9, seed=1), chunk=9)
+    rows = engine.logits([first, second])
+    assert len(rows) == 2
+    row = rows.row(1)
+    assert (row.format, row.ndim, len(row), row.readonly) == ("f", 1, engine.info.vocab_size, True)
+    assert bytes(row) == logits_of(engine, second)
+    assert bytes(rows.row(0)) != bytes(row)
+
+
+def payload_sizes_follow_the_layout(make: Factory) -> None:
+    engine = make()
+    layout = engine.info.layout
+    for length in (1, 3, 130, BLOCK_TOKENS, LENGTH):
+        sequence = absorb(engine, tokens_for(engine, length), chunk=length)
+        assert sequence.position == length
+        assert len(engine.export_state(sequence)) == layout.state_bytes(length)
+        for index in range(length // BLOCK_TOKENS):
+            assert len(engine.export_block(sequence, index)) == layout.block_bytes
+
+
+def chunking_changes_nothing(make: Factory) -> None:
+    engine = make()
+    tokens = tokens_for(engine, LENGTH)
+    whole = snapshot(engine, absorb(engine, tokens, chunk=LENGTH))
+    for chunk in (1, 3, 128, 391):
+        assert snapshot(engine, absorb(engine, tokens, chunk=chunk)) == whole, chunk
+
+
+def companions_change_nothing(make: Factory) -> None:
+    engine = make()
+    tokens = tokens_for(engine, LENGTH)
+    alone = snapshot(engine, absorb(engine, tokens, chunk=LENGTH))
+    sequence = engine.open(LENGTH)
+    others = [engine.open(LENGTH) for _ in range(3)]
+    for start in range(0, LENGTH, 200):
+        part = tokens[start : start + 200]
+        side = [Segment(o, tokens_for(engine, 1 + 7 * i, start + i)) for i, o in enumerate(others)]
+        engine.forward([side[0], Segment(sequence, part), *side[1:]])
+    assert snapshot(engine, sequence) == alone
+
+
+def states_inside_a_segment_are_those_at_its_end(make: Factory) -> None:
+    engine = make()
+    tokens = tokens_for(engine, LENGTH)
+    wanted = (1, 4, 127, 128, 256, 300, LENGTH)
+    sequence = engine.open(LENGTH)
+    states = engine.forward([Segment(sequence, tokens, wanted)])[0].states
+    assert tuple(sorted(states)) == wanted
+    for position in wanted:
+        short = absorb(engine, tokens[:position], chunk=position)
+        assert engine.export_state(short) == states[position], position
+
+
+def a_restored_sequence_goes_on_alike(make: Factory) -> None:
+    engine, other = make(), make()
+    tokens = tokens_for(engine, LENGTH)
+    wanted = (2, 5, 128, 255, 256, 300, 384, 512, LENGTH)
+    sequence = engine.open(LENGTH)
+    states = engine.forward([Segment(sequence, tokens, wanted)])[0].states
+    whole = snapshot(engine, sequence)
+    for position in wanted:
+        restored = other.open(LENGTH)
+        for index in range(position // BLOCK_TOKENS):
+            other.load_block(restored, index, memoryview(whole[index]))
+        other.load_state(restored, position, bytearray(states[position]))
+        assert restored.position == position
+        assert other.export_state(restored) == states[position], position
+        if position < LENGTH:
+            other.forward([Segment(restored, tokens[position:])])
+        assert snapshot(other, restored) == whole, position
+
+
+def other_tokens_give_other_results(make: Factory) -> None:
+    engine = make()
+    tokens = tokens_for(engine, 40)
+    changed = [(tokens[0] + 1) % engine.info.vocab_size, *tokens[1:]]
+    a, b = absorb(engine, tokens, chunk=40), absorb(engine, changed, chunk=40)
+    assert engine.export_state(a) != engine.export_state(b)
+
+
+def an_empty_segment_or_batch_does_nothing(make: Factory) -> None:
+    engine = make()
+    sequence = absorb(engine, tokens_for(engine, 10), chunk=10, capacity=20)
+    before = snapshot(engine, sequence)
+    assert engine.forward([]) == []
+    assert engine.forward([Segment(sequence, [])])[0].states == {}
+    assert len(engine.logits([])) == 0
+    assert snapshot(engine, sequence) == before
+
+
+def misuse_is_a_value_error(make: Factory) -> None:
+    engine = make()
+    tokens = tokens_for(engine, 300)
+    sequence = absorb(engine, tokens, chunk=300)
+    block, state = engine.export_block(sequence, 0), engine.export_state(sequence)
+    with pytest.raises(ValueError, match="capacity"):
+        engine.forward([Segment(sequence, [0])])
+    with pytest.raises(ValueError, match="not complete"):
+        engine.export_block(sequence, 1)
+    with pytest.raises(ValueError, match="capacity"):
+        engine.open(0)
+    with pytest.raises(ValueError, match="capacity"):
+        engine.open(engine.info.max_model_len + 1)
+    fresh = engine.open(600)
+    with pytest.raises(ValueError, match="vocabulary"):
+        engine.forward([Segment(fresh, [engine.info.vocab_size])])
+    fresh = engine.open(600)
+    with pytest.raises(ValueError, match="empty"):
+        engine.logits([fresh])
+    with pytest.raises(ValueError, match="empty"):
+        engine.export_state(fresh)
+    with pytest.raises(ValueError, match="bytes"):
+        engine.load_block(fresh, 0, block[:-1])
+    with pytest.raises(ValueError, match="order"):
+        engine.load_block(fresh, 1, block)
+    with pytest.raises(ValueError, match="blocks first"):
+        engine.load_state(fresh, 300, state)
+    engine.load_block(fresh, 0, block)
+    with pytest.raises(ValueError, match="bytes"):
+        engine.load_state(fresh, 300, state + b"0")
+    engine.load_state(fresh, 300, state)
+    assert snapshot(engine, fresh) == snapshot(engine, sequence)
+
+
+def a_released_sequence_is_refused(make: Factory) -> None:
+    engine = make()
+    sequence = absorb(engine, tokens_for(engine, 3), chunk=3)
+    engine.release(sequence)
+    engine.release(sequence)
+    for use in (
+        lambda: engine.forward([Segment(sequence, [0])]),
+        lambda: engine.logits([sequence]),
+        lambda: engine.export_state(sequence),
+        lambda: engine.evidence(sequence),
+    ):
+        with pytest.raises(ValueError, match="released"):
+            use()
+
+
+def evidence_is_ordered_and_in_the_past(make: Factory) -> None:
+    engine = make()
+    sequence = absorb(engine, tokens_for(engine, LENGTH), chunk=LENGTH)
+    found = engine.evidence(sequence)
+    for span in found:
+        assert 0 <= span.start < span.end <= LENGTH
+        assert 0.0 < span.mass <= 1.0
+    assert [e.mass for e in found] == sorted((e.mass for e in found), reverse=True)
+
+
+def memory_is_priced_before_it_is_taken(make: Factory) -> None:
+    engine = make()
+    prices = [engine.bytes_for(n) for n in (1, 1000, 4000)]
+    assert prices == sorted(prices)
+    assert prices[0] > 0
+
+
+CLAUSES: tuple[Callable[[Factory], None], ...] = (
+    info_is_complete,
+    logits_are_float32_rows,
+    payload_sizes_follow_the_layout,
+    chunking_changes_nothing,
+    companions_change_nothing,
+    states_inside_a_segment_are_those_at_its_end,
+    a_restored_sequence_goes_on_alike,
+    other_tokens_give_other_results,
+    an_empty_segment_or_batch_does_nothing,
+    misuse_is_a_value_error,
+    a_released_sequence_is_refused,
+    evidence_is_ordered_and_in_the_past,
+    memory_is_priced_before_it_is_taken,
+)

@@ -1,0 +1,23 @@
+"""The engine contract on the torch engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from model.torch_engine import TorchEngine, load_engine
+from tests.model import engine_contract, oracle
+
+
+@pytest.mark.parametrize("clause", engine_contract.CLAUSES, ids=lambda clause: clause.__name__)
+def test_torch_engine_keeps_the_contract(
+    clause: Callable[[engine_contract.Factory], None],
+    model: Callable[[str], oracle.OracleModel],
+) -> None:
+    folder = model("all_kinds").folder
+
+    def make() -> TorchEngine:
+        return load_engine(folder)
+
+    clause(make)
