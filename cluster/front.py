@@ -126,6 +126,10 @@ def main() -> int:
     threading.Thread(target=leash, daemon=True).start()
     import uvloop
 
+    from penstock.telemetry import configure_logging
+
+    configure_logging(level="warning")
+
     uvloop.run(_serve(spec))
     return 0
 

@@ -19,7 +19,14 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from cluster.api import errors
-from cluster.api.render import KEEP_ALIVE, EvidenceText, Render, progress_comment, sse
+from cluster.api.render import (
+    KEEP_ALIVE,
+    EvidenceText,
+    Render,
+    TokenRecord,
+    progress_comment,
+    sse,
+)
 from cluster.contracts import Service
 from penstock.errors import DeadlineError, PenstockError
 from penstock.request import Event, Finish, Progress, Request, TokenChunk
@@ -41,6 +48,7 @@ class Answer:
     request: Request
     render: Render
     evidence: EvidenceText | None
+    tokens: TokenRecord | None
     meter: RequestMeter
     stream: bool
     keep_alive_s: float
@@ -116,21 +124,17 @@ class AnswerResponse(Response):
         return aclosing(cast(Any, self._service.generate(self._answer.request)))
 
     async def _stream(self, wire: _Wire) -> None:
-        answer, render, meter = self._answer, self._answer.render, self._answer.meter
+        render, meter = self._answer.render, self._answer.meter
         async with self._events() as events:
             async for event in cast(AsyncIterator[Event], events):
                 if not wire.started:
                     await wire.start_stream(render.opening())
                 if isinstance(event, TokenChunk):
-                    found = (
-                        answer.evidence.objects(event.evidence)
-                        if event.evidence and answer.evidence
-                        else None
-                    )
+                    extra = self._extra(event)
                     if event.text:
                         meter.text()
-                    if found:
-                        await wire.write(render.text_with_evidence(event.text, found))
+                    if extra:
+                        await wire.write(render.text_with(event.text, extra))
                     elif event.text:
                         await wire.write(render.text(event.text))
                 elif isinstance(event, Progress):
@@ -139,6 +143,16 @@ class AnswerResponse(Response):
                     await self._finish(event, wire)
                     return
         raise errors.unexpected()
+
+    def _extra(self, chunk: TokenChunk) -> dict[str, Any]:
+        """Extension fields that the client asked for; usually none."""
+        extra: dict[str, Any] = {}
+        answer = self._answer
+        if chunk.evidence and answer.evidence:
+            extra["evidence"] = answer.evidence.objects(chunk.evidence)
+        if answer.tokens is not None:
+            extra |= answer.tokens.add(chunk)
+        return extra
 
     async def _finish(self, finish: Finish, wire: _Wire) -> None:
         answer = self._answer
@@ -156,14 +170,15 @@ class AnswerResponse(Response):
                     if event.text:
                         answer.meter.text()
                         texts.append(event.text)
-                    if event.evidence and answer.evidence:
-                        answer.evidence.objects(event.evidence)
+                    self._extra(event)
                 elif isinstance(event, Finish):
                     text = "".join((*texts, event.text))
                     timings = {**event.timings, **answer.meter.timings()}
                     found = answer.evidence.of_answer() if answer.evidence else None
                     answer.meter.end(event.reason, event.usage)
-                    await wire.whole(answer.render.whole(text, event, timings, found))
+                    await wire.whole(
+                        answer.render.whole(text, event, timings, found, answer.tokens)
+                    )
                     return
         raise errors.unexpected()
 

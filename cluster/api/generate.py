@@ -11,15 +11,14 @@ from fastapi import APIRouter, Request, Response
 
 from cluster.api.answer import Answer, AnswerResponse
 from cluster.api.intake import parse, read_body, state_of
-from cluster.api.render import ChatRender, EvidenceText, Render, TextRender
+from cluster.api.render import ChatRender, EvidenceText, Render, TextRender, TokenRecord
 from cluster.api.schema import ChatBody, CompletionBody, Generation
 from cluster.api.state import ApiState
 from cluster.contracts import ServedModel
 from penstock import request as nouns
-from penstock.chat import ChatEncoder, Encoded
+from penstock.chat import Encoded
 from penstock.errors import ContextLengthError, InvalidRequestError
 from penstock.identity import namespace
-from penstock.tokenizer import Tokenizer
 
 router = APIRouter()
 
@@ -52,8 +51,8 @@ class _Chat:
     render: type[Render] = ChatRender
 
     @staticmethod
-    def encode(body: Any, chat: ChatEncoder, tokenizer: Tokenizer, scope: bytes) -> Encoded:
-        return chat.encode(body.messages, body.tools, scope=scope)
+    def encode(body: Any, state: ApiState, scope: bytes) -> Encoded:
+        return state.chat.encode(body.messages, body.tools, scope=scope)
 
 
 class _Text:
@@ -64,15 +63,17 @@ class _Text:
     render: type[Render] = TextRender
 
     @staticmethod
-    def encode(body: Any, chat: ChatEncoder, tokenizer: Tokenizer, scope: bytes) -> Encoded:
+    def encode(body: Any, state: ApiState, scope: bytes) -> Encoded:
         prompt = body.one_prompt()
         if isinstance(prompt, str):
-            ids = [*chat.start_ids, *tokenizer.encode(prompt)] if prompt else []
+            ids = [*state.chat.start_ids, *state.tokenizer.encode(prompt)] if prompt else []
         else:
             ids = prompt
-            if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
+            # Without a tokenizer the worker, which knows the vocabulary, refuses what is too high.
+            limit = state.tokenizer.vocab_size if state.has_tokenizer else 2**31
+            if ids and not 0 <= min(ids) <= max(ids) < limit:
                 raise InvalidRequestError(
-                    f"prompt holds a token id outside the vocabulary of {tokenizer.vocab_size}",
+                    f"prompt holds a token id outside the vocabulary of {limit}",
                     param="prompt",
                 )
         if not ids:
@@ -100,12 +101,10 @@ async def _answer(http: Request, kind: type[_Chat] | type[_Text]) -> Response:
 def _prepare(
     raw: bytes, kind: type[_Chat] | type[_Text], state: ApiState, tenant: str
 ) -> Callable[[], tuple[Encoded, Generation, bytes]]:
-    chat, tokenizer = state.chat, state.tokenizer
-
     def work() -> tuple[Encoded, Generation, bytes]:
         body = parse(kind.schema, raw)
         scope = namespace(state.config.cluster_key_bytes, tenant, body.cache_salt or "")
-        return kind.encode(body, chat, tokenizer, scope), body, scope
+        return kind.encode(body, state, scope), body, scope
 
     return work
 
@@ -131,6 +130,7 @@ def _plan(
         stop=body.stop_rule(_max_tokens(body, len(prompt), model.max_model_len, kind, state)),
         boundaries=encoded.boundaries,
         evidence=bool(body.evidence),
+        logits_digest=bool(body.logits_digest),
     )
     render = kind.render(
         answer_id=answer_id,
@@ -138,10 +138,12 @@ def _plan(
         model=model,
         include_usage=body.include_usage,
     )
+    tokenizer = state.tokenizer if state.has_tokenizer else None
     return Answer(
         request=request,
         render=render,
-        evidence=EvidenceText(state.tokenizer, prompt) if body.evidence else None,
+        evidence=EvidenceText(tokenizer, prompt) if body.evidence else None,
+        tokens=TokenRecord() if body.logits_digest else None,
         meter=state.telemetry.request(kind.endpoint, started_s),
         stream=bool(body.stream),
         keep_alive_s=state.config.keep_alive_s,

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from cluster.contracts import ServedModel
-from penstock.request import EvidenceSpan, Finish, Progress, Usage
+from penstock.request import EvidenceSpan, Finish, Progress, TokenChunk, Usage
 from penstock.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
@@ -43,7 +43,7 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 class EvidenceText:
     """Spans of prompt tokens with their text; collects them over an answer."""
 
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     prompt: Sequence[int]
     _heaviest: dict[tuple[int, int], float] = field(default_factory=dict)
 
@@ -63,8 +63,26 @@ class EvidenceText:
         return [self._object(a, b, mass) for (a, b), mass in order[:_MOST_SPANS]]
 
     def _object(self, start: int, end: int, mass: float) -> dict[str, Any]:
-        text = self.tokenizer.decode(self.prompt[start:end])
+        text = self.tokenizer.decode(self.prompt[start:end]) if self.tokenizer else ""
         return {"start": start, "end": end, "mass": mass, "text": text}
+
+
+@dataclass
+class TokenRecord:
+    """Ids and logits digests of an answer's tokens, for those who check that two paths agree."""
+
+    ids: list[int] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+
+    def add(self, chunk: TokenChunk) -> dict[str, Any]:
+        """What a streamed chunk says of its tokens."""
+        digests = [d.hex() for d in chunk.logits_digests]
+        self.ids += chunk.token_ids
+        self.digests += digests
+        return {"token_ids": list(chunk.token_ids), "logits_digests": digests}
+
+    def of_answer(self) -> dict[str, Any]:
+        return {"token_ids": self.ids, "logits_digests": self.digests}
 
 
 class Render:
@@ -107,7 +125,8 @@ class Render:
     def text(self, text: str) -> bytes:
         return self._prefix + orjson.dumps(text) + self._suffix
 
-    def text_with_evidence(self, text: str, evidence: list[dict[str, Any]]) -> bytes:
+    def text_with(self, text: str, extra: Mapping[str, Any]) -> bytes:
+        """A chunk of text with extension fields."""
         raise NotImplementedError
 
     def closing(self, finish: Finish, timings: Mapping[str, float]) -> bytes:
@@ -127,11 +146,13 @@ class Render:
         finish: Finish,
         timings: Mapping[str, float],
         evidence: list[dict[str, Any]] | None,
+        tokens: TokenRecord | None = None,
     ) -> bytes:
         """The body of a response that is not streamed."""
         choice = {
             "index": 0,
             **self._whole_choice(text, evidence),
+            **(tokens.of_answer() if tokens else {}),
             "logprobs": None,
             "finish_reason": finish.reason,
         }
@@ -162,8 +183,8 @@ class ChatRender(Render):
     def _open(self, delta: Mapping[str, Any]) -> bytes:
         return self._chunk({"delta": delta, "logprobs": None, "finish_reason": None})
 
-    def text_with_evidence(self, text: str, evidence: list[dict[str, Any]]) -> bytes:
-        return self._open({"content": text, "evidence": evidence})
+    def text_with(self, text: str, extra: Mapping[str, Any]) -> bytes:
+        return self._open({"content": text, **extra})
 
     def _final(self, reason: str, timings: Mapping[str, float]) -> bytes:
         choice: dict[str, Any] = {"delta": {}, "logprobs": None, "finish_reason": reason}
@@ -183,9 +204,8 @@ class TextRender(Render):
     def _around_text(self) -> tuple[bytes, bytes]:
         return b'"text":', b',"logprobs":null,"finish_reason":null'
 
-    def text_with_evidence(self, text: str, evidence: list[dict[str, Any]]) -> bytes:
-        choice = {"text": text, "logprobs": None, "finish_reason": None, "evidence": evidence}
-        return self._chunk(choice)
+    def text_with(self, text: str, extra: Mapping[str, Any]) -> bytes:
+        return self._chunk({"text": text, "logprobs": None, "finish_reason": None, **extra})
 
     def _final(self, reason: str, timings: Mapping[str, float]) -> bytes:
         choice = {"text": "", "logprobs": None, "finish_reason": reason}

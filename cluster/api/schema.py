@@ -45,6 +45,8 @@ class Generation(Body):
     n: int | None = None
     evidence: bool | None = None
     """Extension: name the spans of the prompt that attention selected."""
+    logits_digest: bool | None = None
+    """Extension: a digest of the logits that each token was drawn from, and the token ids."""
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     """Extension: cached prefixes are shared only between requests of the same salt."""
     priority: int | None = None

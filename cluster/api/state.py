@@ -51,10 +51,14 @@ class ApiState:
         self._encoders = ThreadPoolExecutor(config.encode_threads, "encode")
 
     @property
+    def has_tokenizer(self) -> bool:
+        return self._tokenizer is not None
+
+    @property
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
             raise UnavailableError(
-                "the served model has no tokenizer.json; only `penstock logits` works with it"
+                "the served model has no tokenizer.json; send token ids to /v1/completions"
             )
         return self._tokenizer
 
@@ -62,7 +66,7 @@ class ApiState:
     def chat(self) -> ChatEncoder:
         if self._chat is None:
             raise UnavailableError(
-                "the served model has no tokenizer.json; only `penstock logits` works with it"
+                "the served model has no tokenizer.json; send token ids to /v1/completions"
             )
         return self._chat
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -39,7 +41,7 @@ class RayLauncher:
         self._config = config
         self._store: ChildProcess | None = None
         self._ray_dir: Path | None = None
-        self._joined = False
+        self._janitor: subprocess.Popen[bytes] | None = None
         self._stopping = threading.Event()
 
     def start(self) -> Endpoint:
@@ -65,17 +67,30 @@ class RayLauncher:
 
         common: dict[str, Any] = {
             "include_dashboard": False,
-            "log_to_driver": _log.isEnabledFor(logging.INFO),
+            "log_to_driver": _log.isEnabledFor(logging.DEBUG),
             "logging_level": logging.WARNING,
             "configure_logging": False,
         }
+        # Ray puts its own handlers in place of ours, which end the process without a clean-up.
+        main = threading.current_thread() is threading.main_thread()
+        ours = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
         try:
             if settings.ray_address is not None:
                 ray.init(address=settings.ray_address, log_to_driver=common["log_to_driver"])
-                self._joined = True
                 return
             # Unix socket paths end at 107 bytes, so the directory's name must be short.
             self._ray_dir = Path(tempfile.mkdtemp(prefix="pen-ray-"))
+            self._janitor = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "cluster.launchers.janitor",
+                    str(os.getpid()),
+                    str(self._ray_dir),
+                ],
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+            )
             ray.init(
                 address="local",
                 num_cpus=max(8, os.cpu_count() or 1),
@@ -87,6 +102,9 @@ class RayLauncher:
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             where = settings.ray_address or "a Ray of its own"
             raise UnavailableError(f"cannot start {where}: {str(error).splitlines()[0]}") from error
+        finally:
+            for number, handler in ours.items():
+                signal.signal(number, handler)
 
     def _deploy(self, store_address: str) -> None:
         from ray import serve
@@ -96,6 +114,9 @@ class RayLauncher:
         from cluster.pools import MAX_HOLDS, DecodeReplica, PrefillReplica, TargetedRouter
 
         config = self._config
+        quiet = {"log_level": "WARNING", "enable_access_log": False}
+        # Serve's own log goes to files in the Ray directory; its chatter is not the user's.
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(
             http_options=HTTPOptions(
                 host=config.front.host,
@@ -104,7 +125,7 @@ class RayLauncher:
                 ssl_keyfile=config.front.tls_key,
             ),
             proxy_location="HeadOnly",
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
+            logging_config=quiet,
         )
         gpus = 1 if config.model.device == "cuda" else 0
         router: Any = RequestRouterConfig(request_router_class=cast(Any, TargetedRouter))
@@ -126,6 +147,7 @@ class RayLauncher:
                 graceful_shutdown_wait_loop_s=0.2,
                 ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
                 request_router_config=router,
+                logging_config=quiet,
             )
             spec = worker_spec(config, role=role, worker_id=role, store_address=store_address)
             app = deployment.bind(spec.model_dump_json())
@@ -138,6 +160,7 @@ class RayLauncher:
             graceful_shutdown_timeout_s=config.launcher.drain_timeout_s,
             graceful_shutdown_wait_loop_s=0.2,
             ray_actor_options={"num_cpus": 1},
+            logging_config=quiet,
         )
         app = front.bind(front_spec(config, store_address=store_address).model_dump_json())
         targets.append(serve.RunTarget(app, name="front", route_prefix="/"))
@@ -176,6 +199,9 @@ class RayLauncher:
             time.sleep(0.2)
             shutil.rmtree(self._ray_dir, ignore_errors=True)
             self._ray_dir = None
+        if self._janitor is not None:
+            self._janitor.communicate(b"done", timeout=5.0)
+            self._janitor = None
 
 
 def _cause(text: str) -> str:

@@ -73,9 +73,7 @@ def test_a_route_is_a_live_pair_of_one_fingerprint_or_a_named_error(
 
 
 @given(st.integers(2, 8), st.integers(1, 40))
-def test_a_burst_is_spread_by_charges_before_any_heartbeat_tells(
-    count: int, requests: int
-) -> None:
+def test_a_burst_is_spread_by_charges_before_any_heartbeat_tells(count: int, requests: int) -> None:
     pool = [worker(f"p{i}", "prefill") for i in range(count)]
     pool += [worker(f"d{i}", "decode", capacity_bytes=10**9) for i in range(count)]
     charges: dict[str, Charge] = {}
