@@ -1,0 +1,58 @@
+"""One request's sequence: its life on the engine's thread, from `open` to `release`."""
+
+from __future__ import annotations
+
+import asyncio
+
+from decode.batch import Batch
+from model.engine import Buffer, Engine
+from model.engine import Sequence as EngineSequence
+
+
+class HeldSequence:
+    """Work of one sequence runs in order; `release` may be called again."""
+
+    def __init__(self, engine: Engine, batch: Batch, *, capacity: int) -> None:
+        self._engine = engine
+        self._batch = batch
+        self._capacity = capacity
+        self._sequence: EngineSequence | None = None
+
+    @property
+    def live(self) -> EngineSequence:
+        if self._sequence is None:
+            raise ValueError("this sequence is not open")
+        return self._sequence
+
+    async def open(self) -> None:
+        # Cancelled or not, what the thread opened must be known here to be released.
+        await asyncio.shield(self._batch.submit(self._open))
+
+    def load_block(self, index: int, payload: Buffer) -> asyncio.Future[None]:
+        return self._batch.submit(self._load_block, index, payload)
+
+    async def load_state(self, position: int, payload: Buffer) -> None:
+        await self._batch.submit(self._load_state, position, payload)
+
+    async def export_block(self, index: int) -> bytes:
+        return await self._batch.submit(self._export_block, index)
+
+    async def release(self) -> None:
+        await asyncio.shield(self._batch.submit(self._release))
+
+    def _open(self) -> None:
+        self._sequence = self._engine.open(self._capacity)
+
+    def _load_block(self, index: int, payload: Buffer) -> None:
+        self._engine.load_block(self.live, index, payload)
+
+    def _load_state(self, position: int, payload: Buffer) -> None:
+        self._engine.load_state(self.live, position, payload)
+
+    def _export_block(self, index: int) -> bytes:
+        return self._engine.export_block(self.live, index)
+
+    def _release(self) -> None:
+        if self._sequence is not None:
+            sequence, self._sequence = self._sequence, None
+            self._engine.release(sequence)

@@ -1,0 +1,87 @@
+"""One sequence in the batch: what the step needs of it, and where its tokens go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from decode.output import Output
+from model.engine import Evidence, Sequence
+from penstock.blocks import STATE_ALIGN_TOKENS
+from penstock.errors import PenstockError
+from penstock.request import Sampling
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the client wants with each token besides the token."""
+
+    evidence: bool = False
+    logits_digest: bool = False
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token drawn, with what belongs to its prediction."""
+
+    token: int
+    text: str = ""
+    evidence: tuple[Evidence, ...] = ()
+    digest: bytes = b""
+
+
+@dataclass(eq=False)
+class Stream:
+    """Written by the batch on the event loop, read by one request's task.
+
+    At most max_tokens wait here: the request's own bound is the queue's.
+    """
+
+    sequence: Sequence
+    sampling: Sampling
+    output: Output
+    wishes: Wishes
+    on_state: Callable[[int, bytes], None]
+    """Gets (position, payload) of the state at each multiple of 128 that is passed."""
+    pending: int | None = None
+    """The token drawn last; it is absorbed in the next step."""
+    reason: str | None = None
+    tokens: list[int] = field(default_factory=list)
+    _ready: list[Drawn] = field(default_factory=list)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _error: PenstockError | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.reason is not None or self._error is not None
+
+    @property
+    def wants_state(self) -> bool:
+        """Whether the state at the sequence's position is one to keep."""
+        return self.sequence.position % STATE_ALIGN_TOKENS == 0
+
+    def accept(self, drawn: Drawn) -> None:
+        """The batch has drawn the next token."""
+        piece = self.output.accept(drawn.token)
+        self.tokens.append(drawn.token)
+        self.pending = drawn.token
+        self.reason = piece.reason
+        self._ready.append(Drawn(drawn.token, piece.text, drawn.evidence, drawn.digest))
+        self._news.set()
+
+    def fail(self, error: PenstockError) -> None:
+        self._error = error
+        self._news.set()
+
+    async def take(self) -> list[Drawn]:
+        """All tokens that are ready, at least one; [] after the last. Raises the stream's error."""
+        while not self._ready:
+            if self._error is not None:
+                raise self._error
+            if self.reason is not None:
+                return []
+            self._news.clear()
+            await self._news.wait()
+        ready, self._ready = self._ready, []
+        return ready

@@ -1,0 +1,309 @@
+"""The decode worker: the `Decode` service over an `AnswerRunner`, registered in the directory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+
+from decode.admission import Admission, Need
+from decode.batch import Batch
+from decode.detokenize import DecodeBytes
+from decode.job import AnswerRunner, Listener, Order
+from decode.stream import Drawn, Wishes
+from kvstore.client import StoreClient
+from kvstore.contracts import BlockStore
+from kvstore.directory_client import DirectoryClient
+from model.engine import Engine
+from model.open import open_engine
+from penstock.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    ModelLoadError,
+    PenstockError,
+    WorkerUnavailableError,
+)
+from penstock.identity import Chain
+from penstock.request import Sampling, StopRule
+from penstock.rpc import WorkerServer, Write, check_fingerprint, check_tokens, unary_stream
+from penstock.tokenizer import open_tokenizer
+from penstock.worker import WorkerSpec
+from protos.penstock.kv.v1 import kv_pb2
+from protos.penstock.worker.v1 import worker_pb2
+
+SERVICE = "penstock.worker.v1.Decode"
+STOP_GRACE_S = 1.0
+DEFAULT_PREFILL_TIMEOUT_S = 3600.0
+_SPARE_CALLS = 64
+"""Calls beyond running and queued ones, so that refusals and health checks get through."""
+
+
+async def open_worker(spec: WorkerSpec) -> DecodeWorker:
+    """A worker with the engine and clients that `spec` names; its `stop` closes them.
+
+    Raises ModelLoadError if the model cannot be opened. `start` it next.
+    """
+    try:
+        engine = await asyncio.to_thread(open_engine, spec.model)
+        tokenizer = await asyncio.to_thread(open_tokenizer, spec.model.model)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        raise ModelLoadError(f"the model '{spec.model.model}' cannot be opened: {error}") from error
+    store = StoreClient(
+        spec.store_address,
+        fingerprint=engine.info.fingerprint,
+        layout=engine.info.layout,
+        index=spec.index_url,
+    )
+    directory = DirectoryClient(spec.store_address)
+    return DecodeWorker(
+        spec,
+        engine,
+        store,
+        directory,
+        decode_bytes=None if tokenizer is None else tokenizer.decode_bytes,
+        close_with=(store.close, directory.close),
+        owns_engine=True,
+    )
+
+
+class DecodeWorker:
+    """Belongs to one event loop. `start` once; `drain` and `stop` may be called again.
+
+    `directory` None: not registered anywhere (tests). `decode_bytes` None: token ids without text.
+    `close_with` is awaited at the end of `stop`; an engine that is not owned is left open.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        engine: Engine,
+        store: BlockStore,
+        directory: DirectoryClient | None = None,
+        *,
+        decode_bytes: DecodeBytes | None = None,
+        close_with: Sequence[Callable[[], Awaitable[None]]] = (),
+        owns_engine: bool = False,
+    ) -> None:
+        self.spec = spec
+        self.address = ""
+        self.draining = False
+        self.counters: Counter[str] = Counter()
+        self._engine = engine
+        self._directory = directory
+        self.admission = Admission(
+            capacity_bytes=spec.kv_memory_bytes,
+            max_running=spec.max_running,
+            max_queued=spec.max_queued,
+        )
+        self.batch = Batch(engine)
+        self.runner = AnswerRunner(
+            engine, self.batch, store, self.admission, decode_bytes, self.counters
+        )
+        self._server: WorkerServer | None = None
+        self._registration = AsyncExitStack()
+        self._close_with = tuple(close_with)
+        self._owns_engine = owns_engine
+        self._calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def start(self) -> str:
+        """Serve and register; the address. Raises StoreUnavailableError without a directory."""
+        spec = self.spec
+        self.batch.start()
+        self._server = WorkerServer(
+            SERVICE,
+            {"Generate": unary_stream(worker_pb2.GenerateRequest, self._generate)},
+            host=spec.listen_host,
+            max_concurrent_calls=spec.max_running + spec.max_queued + _SPARE_CALLS,
+        )
+        self.address = await self._server.start()
+        if self._directory is not None:
+            await self._registration.enter_async_context(
+                self._directory.registered(
+                    self.describe, ttl_s=spec.directory_ttl_s, period_s=spec.heartbeat_s
+                )
+            )
+        return self.address
+
+    def check(self) -> None:
+        """Raises WorkerUnavailableError unless the worker serves."""
+        if self._server is None or not self.batch.is_alive:
+            raise WorkerUnavailableError(f"decode worker {self.spec.worker_id} does not serve")
+
+    async def drain(self, timeout_s: float = 60.0) -> bool:
+        """Refuse new requests and wait for those that run. False if some still run after that."""
+        self.draining = True
+        if self._server is not None:
+            await self._server.set_serving(False)
+        await self._announce()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """Cancel what runs, leave the directory, close what `open_worker` opened."""
+        self.draining = True
+        await self._registration.aclose()
+        server, self._server = self._server, None
+        if server is None:
+            return
+        await server.stop(STOP_GRACE_S)
+        await self.runner.settle()
+        if self._owns_engine:
+            await self.batch.submit(self._engine.close)
+        await self.batch.stop()
+        for close in self._close_with:
+            await close()
+
+    def describe(self) -> kv_pb2.Worker:
+        """The directory's entry, as of now."""
+        info, admission = self._engine.info, self.admission
+        return kv_pb2.Worker(
+            worker_id=self.spec.worker_id,
+            role=kv_pb2.WORKER_ROLE_DECODE,
+            address=self.address,
+            model=self.spec.model.served_name or self.spec.model.model,
+            fingerprint=info.fingerprint,
+            pid=os.getpid(),
+            draining=self.draining,
+            running=admission.running,
+            queued=admission.queued,
+            queued_tokens=admission.tokens,
+            capacity_bytes=admission.capacity_bytes,
+            used_bytes=admission.reserved_bytes,
+            max_model_len=info.max_model_len,
+            bytes_per_token=info.layout.bytes_per_token,
+            metrics=self.metrics(),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Counters since the start and gauges, by name."""
+        admission = self.admission
+        values: dict[str, float] = {name: float(self.counters[name]) for name in _COUNTERS}
+        values |= {
+            "decode_generated_tokens_total": float(self.batch.generated_tokens),
+            "decode_steps_total": float(self.batch.steps),
+            "running": float(admission.running),
+            "queued": float(admission.queued),
+            "reserved_bytes": float(admission.reserved_bytes),
+            "pages": float(admission.pages),
+        }
+        return values
+
+    async def _announce(self) -> None:
+        if self._directory is None or not self.address:
+            return
+        try:
+            await self._directory.register(self.describe(), ttl_s=self.spec.directory_ttl_s)
+        except PenstockError:
+            # The next heartbeat says the same.
+            return
+
+    async def _generate(self, request: worker_pb2.GenerateRequest, write: Write) -> None:
+        """The RPC: checks, then one answer; every way out is counted once."""
+        if self.draining:
+            raise WorkerUnavailableError(f"decode worker {self.spec.worker_id} is draining")
+        self.counters["requests_total"] += 1
+        self._calls += 1
+        self._idle.clear()
+        news = _Events(self.spec.worker_id, write, one_by_one=request.evidence)
+        try:
+            order = await asyncio.to_thread(self._read, request)
+            await self.runner.run(order, Listener(news.granted, news.tokens, news.finished))
+        except asyncio.CancelledError:
+            # A client that hangs up after the last event has cancelled nothing.
+            self.counters["requests_cancelled_total"] += not news.is_finished
+            raise
+        except Exception:
+            self.counters["requests_failed_total"] += 1
+            raise
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self._idle.set()
+
+    def _read(self, request: worker_pb2.GenerateRequest) -> Order:
+        """In a thread: copying and hashing a million tokens takes some 100 ms."""
+        asked, info = request.prompt, self._engine.info
+        check_fingerprint(asked.fingerprint, info.fingerprint)
+        tokens = tuple(asked.token_ids)
+        check_tokens(tokens, info.vocab_size)
+        if not asked.request_id or len(asked.namespace) != 32:
+            raise InvalidRequestError("a prompt needs a request id and a namespace of 32 bytes")
+        rule = StopRule(
+            request.max_tokens, request.min_tokens, request.ignore_eos, tuple(request.stop)
+        )
+        if len(tokens) + rule.max_tokens > info.max_model_len:
+            raise ContextLengthError(
+                f"the prompt has {len(tokens)} tokens and max_tokens is {rule.max_tokens}: more "
+                f"than the {info.max_model_len} tokens of the model's context",
+                param="max_tokens",
+            )
+        wish = request.sampling
+        return Order(
+            request_id=asked.request_id,
+            chain=Chain.start(info.fingerprint, asked.namespace).extend(tokens),
+            # An unset top_p is 0 on the wire.
+            sampling=Sampling(
+                wish.temperature, wish.top_p or 1.0, wish.top_k, wish.seed, wish.choice
+            ),
+            rule=rule,
+            wishes=Wishes(request.evidence, request.logits_digest),
+            prefill_timeout_s=request.prefill_timeout_ms / 1e3 or DEFAULT_PREFILL_TIMEOUT_S,
+            admission_timeout_s=request.admission_timeout_ms / 1e3,
+            lease_ttl_s=request.lease_ttl_ms / 1e3 or self.spec.lease_ttl_s,
+        )
+
+
+_COUNTERS = (
+    "requests_total",
+    "requests_failed_total",
+    "requests_cancelled_total",
+    "decode_attached_tokens_total",
+    # Stays 0: no code of this room absorbs a prompt token. Shown so that anyone can check it.
+    "decode_prompt_tokens_computed_total",
+    "decode_publish_failures_total",
+)
+
+
+class _Events:
+    """An answer's news as messages of the stream."""
+
+    def __init__(self, worker_id: str, write: Write, *, one_by_one: bool) -> None:
+        """`one_by_one`: evidence belongs to one token, so each gets an event of its own."""
+        self._worker_id = worker_id
+        self._write = write
+        self._one_by_one = one_by_one
+        self.is_finished = False
+
+    async def granted(self, need: Need) -> None:
+        event = worker_pb2.Granted(worker_id=self._worker_id, reserved_bytes=need.size_bytes)
+        await self._write(worker_pb2.GenerateEvent(granted=event))
+
+    async def tokens(self, index: int, drawn: list[Drawn]) -> None:
+        groups = [[one] for one in drawn] if self._one_by_one else [drawn]
+        for group in groups:
+            event = worker_pb2.Tokens(
+                index=index,
+                token_ids=[one.token for one in group],
+                text="".join(one.text for one in group),
+                evidence=[
+                    worker_pb2.EvidenceSpan(start=span.start, end=span.end, mass=span.mass)
+                    for one in group
+                    for span in one.evidence
+                ],
+                logits_digests=[one.digest for one in group if one.digest],
+            )
+            await self._write(worker_pb2.GenerateEvent(tokens=event))
+            index += len(group)
+
+    async def finished(self, reason: str, completion_tokens: int, text: str) -> None:
+        event = worker_pb2.Finished(reason=reason, completion_tokens=completion_tokens, text=text)
+        self.is_finished = True
+        await self._write(worker_pb2.GenerateEvent(finished=event))
