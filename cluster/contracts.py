@@ -28,6 +28,7 @@ class WorkerView:
     worker_id: str
     role: str
     address: str
+    pid: int
     running: int
     queued: int
     queued_tokens: int

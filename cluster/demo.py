@@ -239,22 +239,22 @@ def _heaviest(spans: list[dict[str, Any]]) -> str:
 
 
 def _metric(exposition: str, name: str) -> float:
-    """Sum of all samples of a metric in a Prometheus exposition, 0 if there is none."""
-    total = 0.0
-    for line in exposition.splitlines():
-        key, _, value = line.rpartition(" ")
-        if key.partition("{")[0].endswith(name):
-            total = max(total, float(value))
-    return total
+    """Highest sample of a metric in a Prometheus exposition, 0 if there is none."""
+    values = [v for key, v in _samples(exposition) if key.partition("{")[0].endswith(name)]
+    return max(values, default=0.0)
+
+
+def _samples(exposition: str) -> list[tuple[str, float]]:
+    """Every sample as (name with labels, value)."""
+    lines = [line for line in exposition.splitlines() if line and not line.startswith("#")]
+    return [(key, float(value)) for key, _, value in (line.rpartition(" ") for line in lines)]
 
 
 def _pids(exposition: str) -> bool:
     """Whether prefill and decode workers report different process ids."""
     pids: dict[str, set[float]] = {"prefill": set(), "decode": set()}
-    for line in exposition.splitlines():
-        key, _, value = line.rpartition(" ")
-        if "_pid{" in key:
-            for role, found in pids.items():
-                if f'role="{role}"' in key:
-                    found.add(float(value))
+    for key, value in _samples(exposition):
+        for role, found in pids.items():
+            if "_pid{" in key and f'role="{role}"' in key:
+                found.add(value)
     return all(pids.values()) and not pids["prefill"] & pids["decode"]

@@ -70,7 +70,7 @@ class PrefillReplica(_Replica):
     async def check_health(self) -> None:
         self._worker.check()
 
-    async def __del__(self) -> None:  # Serve awaits it after the drain
+    async def __del__(self) -> None:  # Serve awaits it after the last hold has ended
         await self._worker.stop()
 
 

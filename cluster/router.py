@@ -111,6 +111,7 @@ def _view(worker: kv_pb2.Worker) -> WorkerView:
         worker_id=worker.worker_id,
         role=_ROLES[worker.role],
         address=worker.address,
+        pid=worker.pid,
         running=worker.running,
         queued=worker.queued,
         queued_tokens=worker.queued_tokens,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import os
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -119,6 +120,7 @@ class FakeService:
                 worker_id=f"{role}-0",
                 role=role,
                 address="in-process",
+                pid=os.getpid(),
                 running=self.opened - self.closed,
                 queued=0,
                 queued_tokens=0,

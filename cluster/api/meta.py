@@ -128,6 +128,7 @@ async def metrics(request: Request) -> Response:
 
 def _worker_samples(worker: WorkerView) -> list[Sample]:
     values = {
+        "pid": worker.pid,
         "running": worker.running,
         "queued": worker.queued,
         "queued_tokens": worker.queued_tokens,

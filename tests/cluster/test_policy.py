@@ -14,6 +14,7 @@ from penstock.errors import WorkerUnavailableError
 def worker(worker_id: str, role: str, **fields: object) -> WorkerView:
     base: dict[str, object] = {
         "address": f"127.0.0.1:{abs(hash(worker_id)) % 60000}",
+        "pid": 1,
         "running": 0,
         "queued": 0,
         "queued_tokens": 0,
