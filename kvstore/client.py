@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import grpc
 from blake3 import blake3
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from kvstore.channel import open_channel
 from kvstore.codec import Encoded, decode_verified, encode, wire_kind
@@ -235,7 +235,7 @@ class StoreClient:
         patience_s = self._timeout_s + request.wait_ms / 1000
         try:
             for id_ in request.ids:
-                head = kv_pb2.GetResponse.FromString(await self._read(call, patience_s))
+                head = self._parse_get(await self._read(call, patience_s))
                 match head.WhichOneof("message"):
                     case "missing" if head.missing.id == id_:
                         yield Missing(id_)
@@ -260,7 +260,7 @@ class StoreClient:
             message = await self._read(call, self._timeout_s)
             chunk = data_of(message)
             if chunk is None:
-                chunk = memoryview(kv_pb2.GetResponse.FromString(message).data)
+                chunk = memoryview(self._parse_get(message).data)
             end = filled + len(chunk)
             if not len(chunk) or end > start.size_bytes:
                 raise self._protocol_error("sent another number of bytes than it said")
@@ -277,6 +277,12 @@ class StoreClient:
         except BlockIntegrityError:
             self.integrity_failures += 1
             return Missing(start.id)
+
+    def _parse_get(self, raw: bytes) -> kv_pb2.GetResponse:
+        try:
+            return kv_pb2.GetResponse.FromString(raw)
+        except DecodeError as error:
+            raise self._protocol_error("sent what is no message") from error
 
     async def _read(self, call: Any, patience_s: float) -> bytes:
         try:
@@ -327,7 +333,7 @@ class _PutAnswers:
                 raw = await self._call.read()
                 if raw is grpc.aio.EOF:
                     raise asyncio.InvalidStateError("the stream ended early")
-                answer = kv_pb2.PutResponse.FromString(raw)
+                answer = _parse_put(raw)
                 status = answer.status
                 if status == kv_pb2.PutResponse.STATUS_REFUSED:
                     retry_after_s = answer.retry_after_ms / 1000 or None
@@ -340,6 +346,13 @@ class _PutAnswers:
                     self.fresh.append(True)
         finally:
             self.ended = True
+
+
+def _parse_put(raw: bytes) -> kv_pb2.PutResponse:
+    try:
+        return kv_pb2.PutResponse.FromString(raw)
+    except DecodeError as error:
+        raise StoreUnavailableError("the KV store sent what is no message") from error
 
 
 def check_all(ids: Sequence[bytes]) -> None:
