@@ -22,12 +22,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 stopped, 1 cannot start, 2 wrong command line."""
     options = _parser().parse_args(arguments)
     try:
-        config = StoreConfig(
-            listen=options.listen,
-            memory_bytes=options.memory,
-            redis_url=options.redis_url,
-            node_id=options.node_id,
-        )
+        if options.config_stdin:
+            config = StoreConfig.model_validate_json(_first_line())
+        else:
+            config = StoreConfig(
+                listen=options.listen,
+                memory_bytes=options.memory,
+                redis_url=options.redis_url,
+                node_id=options.node_id,
+            )
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -51,9 +54,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--redis-url", default=None, help="index in Redis instead of in the node")
     parser.add_argument("--node-id", default="", help="name in the index; default: a random one")
     parser.add_argument(
+        "--config-stdin",
+        action="store_true",
+        help="all settings as JSON on stdin's first line (a Redis URL may hold a password)",
+    )
+    parser.add_argument(
         "--exit-with-parent", action="store_true", help="stop when standard input reaches its end"
     )
     return parser
+
+
+def _first_line() -> str:
+    # Unbuffered: what follows belongs to the parent's leash.
+    line = bytearray()
+    while (byte := os.read(0, 1)) and byte != b"\n":
+        line += byte
+    return line.decode(errors="replace")
 
 
 async def _serve(config: StoreConfig, *, exit_with_parent: bool) -> None:

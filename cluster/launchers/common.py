@@ -53,10 +53,12 @@ def start_store(config: ClusterConfig) -> tuple[ChildProcess | None, str]:
     store = config.kvstore
     if config.launcher.store_address is not None:
         return None, config.launcher.store_address
-    args = ["--listen", store.listen, "--memory", str(store.memory_bytes), "--exit-with-parent"]
-    if store.redis_url is not None:
-        args += ["--redis-url", store.redis_url]
-    child = ChildProcess("kvstore", "kvstore", args)
+    child = ChildProcess(
+        "kvstore",
+        "kvstore",
+        ["--config-stdin", "--exit-with-parent"],
+        first_line=store.model_dump_json(),
+    )
     try:
         child.spawn()
         return child, child.await_ready(_STORE_START_TIMEOUT_S)

@@ -123,7 +123,7 @@ class ChildProcess:
 
     def _last_words(self) -> str:
         lines = [line for line in self._tail if line.strip()]
-        return lines[-1].removeprefix("error: ") if lines else ""
+        return lines[-1].removeprefix("error: ").removeprefix("kvstore: ") if lines else ""
 
     def _read_stdout(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout
