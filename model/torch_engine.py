@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels import ops as kernel_ops
+from kernels.reference.indexer import KEY_TILE as INDEX_TILE
 from kernels.reference.lanes import ROW_MULTIPLE, round_up
 from model.cache import ENTRY_TILE, SequenceCache, cache_bytes
 from model.codec import RowCodec
@@ -242,8 +243,9 @@ class TorchEngine:
 
     def evidence(self, sequence: Sequence) -> list[Evidence]:
         mine = self._live(sequence)
+        # An entry pools its own window and the one before it (deepseek-v4.md 2.3).
         return [
-            Evidence(entry * CSA_RATIO, (entry + 1) * CSA_RATIO, mass)
+            Evidence(max(entry - 1, 0) * CSA_RATIO, (entry + 1) * CSA_RATIO, mass)
             for entry, mass in mine.evidence
         ]
 
@@ -326,6 +328,8 @@ def _check_machine(
         if "wo_a" in name:
             rows //= config.o_groups
         shapes[kind].add((inputs, rows))
+    if config.last_csa_layer is not None:
+        shapes[torch.float32] |= {(config.index_dim, INDEX_TILE), (config.index_dim,) * 2}
     heads = config.heads * QUERY_TILE
     keys = round_up(config.window + QUERY_TILE, ROW_MULTIPLE)
     batches = [(heads, config.head_dim, keys), (heads, keys, config.head_dim)]

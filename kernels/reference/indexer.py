@@ -1,6 +1,6 @@
 """Lightning indexer scores (deepseek-v4.md 2.4, T16).
 
-Shape suffixes: R rows (a multiple of 16), H index heads, C channels, E entries.
+Shape suffixes: R rows, H index heads, C channels, E entries.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-KEY_TILE = 512
+from kernels.reference.lanes import pad_rows
+
+KEY_TILE = 1024
 
 
 def index_scores(
@@ -26,11 +28,12 @@ def index_scores(
     """
     rows, heads, channels = q_RHC.shape
     entries = keys_EC.shape[0]
-    q = q_RHC.transpose(0, 1).reshape(heads * rows, channels)
+    q = pad_rows(q_RHC.transpose(0, 1).reshape(heads * rows, channels))
     weight = weight_RH.t().contiguous()[:, :, None]
     scores = q.new_empty((rows, entries))
     for start in range(0, entries, key_tile):
-        part = torch.mm(q, keys_EC[start : start + key_tile].t()).relu_().view(heads, rows, -1)
+        product = torch.mm(q, keys_EC[start : start + key_tile].t())[: heads * rows]
+        part = product.relu_().view(heads, rows, -1)
         part *= weight
         total = part[0]
         for head in range(1, heads):

@@ -81,12 +81,8 @@ class Indexer:
             tile = max(room // ROW_MULTIPLE * ROW_MULTIPLE, ROW_MULTIPLE)
             part = slice(row, min(row + tile, end))
             seen = visible[part]
-            count = seen.shape[0]
             scores = self._ops.index_scores(
-                self._ops.pad_rows(q[part]),
-                self._ops.pad_rows(weight[part]),
-                keys_EC[: round_up(max(int(seen[-1]), 1), KEY_TILE)],
-                self._ops.pad_rows(seen),
+                q[part], weight[part], keys_EC[: round_up(max(int(seen[-1]), 1), KEY_TILE)], seen
             )
-            out[part] = self._ops.select_visible(scores[:count], seen, self._topk)
+            out[part] = self._ops.select_visible(scores, seen, self._topk)
             row = part.stop
