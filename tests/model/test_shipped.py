@@ -1,4 +1,4 @@
-"""The shipped `ledger` against the network that trained it, and its evidence against the document."""
+"""The shipped `ledger` against the network that trained it; its evidence against the document."""
 
 from __future__ import annotations
 
