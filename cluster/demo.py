@@ -23,11 +23,12 @@ from rich.table import Table
 from cluster.config import ClusterConfig
 from cluster.launch import started
 from penstock.errors import PenstockError
-from penstock.tokenizer import open_tokenizer
+from penstock.tokenizer import Tokenizer, open_tokenizer
 from training.documents import Document, Question, make_document, make_questions
 
 _TIMEOUT_S = 600.0
 _FACTS = 24
+_EVIDENCE_LEAD = 10
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Answer:
     ttft_s: float
     total_s: float
     evidence: list[dict[str, Any]] = field(default_factory=list)
+    evidence_text: str = ""
 
     @property
     def right(self) -> bool:
@@ -107,7 +109,7 @@ def run(
         startup_s = time.monotonic() - begun
         console.print(f"cluster ready at {endpoint.url} after {startup_s:.1f} s")
         with httpx.Client(base_url=endpoint.url, timeout=_TIMEOUT_S) as client:
-            answers = _ask_all(client, config, document, asked, console)
+            answers = _ask_all(client, config, document, asked, console, tokenizer)
             workers = client.get("/metrics").text
     report = Report(
         seed=seed,
@@ -132,7 +134,9 @@ def _ask_all(
     document: Document,
     asked: list[Question],
     console: Console,
+    tokenizer: Tokenizer,
 ) -> list[Answer]:
+    ids = tokenizer.encode(document.text)
     answers = []
     for number, question in enumerate(asked, 1):
         prompt = f"{document.text}\n\n{question.text}"
@@ -152,6 +156,7 @@ def _ask_all(
                 ttft_s=answer["ttft_s"],
                 total_s=answer["total_s"],
                 evidence=answer["evidence"],
+                evidence_text=_read_span(_heaviest(answer["evidence"]), ids, tokenizer),
             )
         )
         mark = "right" if answers[-1].right else f"WRONG, expected {question.answer}"
@@ -206,6 +211,7 @@ def ask(
 
 
 def _print(console: Console, report: Report) -> None:
+    console = Console(width=max(console.width, 110))
     table = Table(title=f"seed {report.seed}: {report.right} of {len(report.answers)} right")
     for column in ("question", "answer", "expected", "first token", "cached", "evidence"):
         table.add_column(column, overflow="fold")
@@ -216,7 +222,7 @@ def _print(console: Console, report: Report) -> None:
             answer.expected if not answer.right else "right",
             f"{answer.ttft_s * 1e3:,.0f} ms",
             f"{answer.cached_tokens:,} of {answer.prompt_tokens:,} ({answer.cached_share:.1%})",
-            _heaviest(answer.evidence),
+            answer.evidence_text,
         )
     console.print(table)
     later = [a.ttft_s for a in report.answers[1:]]
@@ -229,13 +235,20 @@ def _print(console: Console, report: Report) -> None:
         )
 
 
-def _heaviest(spans: list[dict[str, Any]]) -> str:
-    """The selected span with the most attention, as text of the document."""
-    if not spans:
+def _heaviest(spans: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The span with the most attention of any token of the answer."""
+    return max(spans, key=lambda span: span["mass"], default=None)
+
+
+def _read_span(span: dict[str, Any] | None, ids: list[int], tokenizer: Tokenizer) -> str:
+    """The document at a span and shortly before it: a compressed entry holds 8 tokens, a fact
+    13.
+    """
+    if span is None:
         return "-"
-    best = max(spans, key=lambda s: s["mass"])
-    text = " ".join(str(best.get("text", "")).split())
-    return f"[{best['start']}:{best['end']}] {text}"
+    begin = max(0, span["start"] - _EVIDENCE_LEAD)
+    text = " ".join(tokenizer.decode(ids[begin : span["end"]]).split())
+    return f"{span['start']}-{span['end']}: {text}"
 
 
 def _metric(exposition: str, name: str) -> float:
