@@ -61,6 +61,7 @@ class Batch:
         self._streams: list[Stream] = []
         self._wake = asyncio.Event()
         self._driver: asyncio.Task[None] | None = None
+        self._stopping = False
         self.steps = 0
         self.generated_tokens = 0
 
@@ -73,19 +74,13 @@ class Batch:
 
     async def stop(self) -> None:
         """Ends after the turn that is under way; what is left in the batch fails."""
+        self._stopping = True
+        self._wake.set()
         driver, self._driver = self._driver, None
         if driver is not None:
-            driver.cancel()
+            # Not cancelled: work that the thread has taken must still be answered.
             await asyncio.gather(driver, return_exceptions=True)
         await asyncio.to_thread(self._executor.shutdown)
-        gone = WorkerUnavailableError("the decode worker is stopping")
-        for stream in self._streams:
-            stream.fail(gone)
-        self._streams.clear()
-        while self._work:
-            work = self._work.popleft()
-            if not work.future.done():
-                work.future.set_exception(gone)
 
     def submit(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         """Run `work` on the engine's thread between two steps, in order of submission.
@@ -113,12 +108,28 @@ class Batch:
 
     async def _drive(self) -> None:
         loop = asyncio.get_running_loop()
-        while True:
-            if not self._streams and not self._work:
-                self._wake.clear()
-                await self._wake.wait()
-            turn = await loop.run_in_executor(self._executor, self._turn, tuple(self._streams))
-            self._apply(turn)
+        try:
+            while not self._stopping:
+                if not self._streams and not self._work:
+                    self._wake.clear()
+                    await self._wake.wait()
+                turn = await loop.run_in_executor(self._executor, self._turn, tuple(self._streams))
+                self._apply(turn)
+        except Exception:
+            # A bug of ours: `check` shows it, and nobody may wait for a batch that has ended.
+            _log.exception("the decode batch ended")
+            raise
+        finally:
+            self._fail_all(WorkerUnavailableError("the decode worker's batch has ended"))
+
+    def _fail_all(self, error: PenstockError) -> None:
+        for stream in self._streams:
+            stream.fail(error)
+        self._streams.clear()
+        while self._work:
+            work = self._work.popleft()
+            if not work.future.done():
+                work.future.set_exception(error)
 
     # On the engine's thread
 
@@ -198,12 +209,19 @@ class Batch:
             stream.on_state(position, payload)
         for stream, drawn in turn.drawn:
             if stream in self._streams:
-                stream.accept(drawn)
-                self.generated_tokens += 1
-                if stream.is_over:
-                    self.leave(stream)
+                self._accept(stream, drawn)
         for stream, error in turn.failed:
             if stream in self._streams:
                 self.leave(stream)
                 stream.fail(error)
         self.steps += bool(turn.drawn)
+
+    def _accept(self, stream: Stream, drawn: Drawn) -> None:
+        try:
+            stream.accept(drawn)
+        except PenstockError as error:
+            # One stream's text must not end the others.
+            stream.fail(error)
+        self.generated_tokens += 1
+        if stream.is_over:
+            self.leave(stream)

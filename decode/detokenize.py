@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Sequence
 
+from penstock.errors import InvalidRequestError
+
 DecodeBytes = Callable[[Sequence[int]], bytes]
 """The exact bytes of some tokens; those of a sequence are those of its tokens, joined."""
 
@@ -18,7 +20,12 @@ class Detokenizer:
 
     def feed(self, token: int) -> str:
         """Text that is complete with this token."""
-        return self._decoder.decode(self._decode_bytes((token,)))
+        try:
+            raw = self._decode_bytes((token,))
+        except InvalidRequestError:
+            # Models pad their vocabulary beyond the tokenizer's: such a token has no text.
+            raw = b""
+        return self._decoder.decode(raw)
 
     def flush(self) -> str:
         """What is left at the end: a character that will not be completed is U+FFFD."""

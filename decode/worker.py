@@ -6,7 +6,6 @@ import asyncio
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
 
 from decode.admission import Admission, Need
 from decode.batch import Batch
@@ -22,22 +21,18 @@ from penstock.errors import (
     ContextLengthError,
     InvalidRequestError,
     ModelLoadError,
-    PenstockError,
     WorkerUnavailableError,
 )
 from penstock.identity import Chain
 from penstock.request import Sampling, StopRule
-from penstock.rpc import WorkerServer, Write, check_fingerprint, check_tokens, unary_stream
+from penstock.rpc import WorkerHost, Write, check_fingerprint, check_tokens, unary_stream
 from penstock.tokenizer import open_tokenizer
 from penstock.worker import WorkerSpec
 from protos.penstock.kv.v1 import kv_pb2
 from protos.penstock.worker.v1 import worker_pb2
 
 SERVICE = "penstock.worker.v1.Decode"
-STOP_GRACE_S = 1.0
 DEFAULT_PREFILL_TIMEOUT_S = 3600.0
-_SPARE_CALLS = 64
-"""Calls beyond running and queued ones, so that refusals and health checks get through."""
 
 
 async def open_worker(spec: WorkerSpec) -> DecodeWorker:
@@ -87,11 +82,7 @@ class DecodeWorker:
         owns_engine: bool = False,
     ) -> None:
         self.spec = spec
-        self.address = ""
-        self.draining = False
         self.counters: Counter[str] = Counter()
-        self._engine = engine
-        self._directory = directory
         self.admission = Admission(
             capacity_bytes=spec.kv_memory_bytes,
             max_running=spec.max_running,
@@ -101,63 +92,48 @@ class DecodeWorker:
         self.runner = AnswerRunner(
             engine, self.batch, store, self.admission, decode_bytes, self.counters
         )
-        self._server: WorkerServer | None = None
-        self._registration = AsyncExitStack()
-        self._close_with = tuple(close_with)
-        self._owns_engine = owns_engine
-        self._calls = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    async def start(self) -> str:
-        """Serve and register; the address. Raises StoreUnavailableError without a directory."""
-        spec = self.spec
-        self.batch.start()
-        self._server = WorkerServer(
+        self._engine = engine
+        self._host = WorkerHost(
+            spec,
             SERVICE,
             {"Generate": unary_stream(worker_pb2.GenerateRequest, self._generate)},
-            host=spec.listen_host,
-            max_concurrent_calls=spec.max_running + spec.max_queued + _SPARE_CALLS,
+            describe=self.describe,
+            registry=directory,
         )
-        self.address = await self._server.start()
-        if self._directory is not None:
-            await self._registration.enter_async_context(
-                self._directory.registered(
-                    self.describe, ttl_s=spec.directory_ttl_s, period_s=spec.heartbeat_s
-                )
-            )
-        return self.address
+        self._close_with = tuple(close_with)
+        self._owns_engine = owns_engine
+        self._stopped = False
+
+    @property
+    def address(self) -> str:
+        return self._host.address
+
+    async def start(self) -> str:
+        """Serve and register; the address. Raises StoreUnavailableError without the directory."""
+        self.batch.start()
+        return await self._host.start()
 
     def check(self) -> None:
-        """Raises WorkerUnavailableError unless the worker serves."""
-        if self._server is None or not self.batch.is_alive:
-            raise WorkerUnavailableError(f"decode worker {self.spec.worker_id} does not serve")
+        """Raises WorkerUnavailableError unless the worker serves and its batch runs."""
+        self._host.check()
+        if not self.batch.is_alive:
+            raise WorkerUnavailableError(f"decode worker {self.spec.worker_id} has no batch")
 
     async def drain(self, timeout_s: float = 60.0) -> bool:
         """Refuse new requests and wait for those that run. False if some still run after that."""
-        self.draining = True
-        if self._server is not None:
-            await self._server.set_serving(False)
-        await self._announce()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
+        return await self._host.drain(timeout_s)
 
     async def stop(self) -> None:
         """Cancel what runs, leave the directory, close what `open_worker` opened."""
-        self.draining = True
-        await self._registration.aclose()
-        server, self._server = self._server, None
-        if server is None:
+        await self._host.stop()
+        if self._stopped:
             return
-        await server.stop(STOP_GRACE_S)
+        self._stopped = True
         await self.runner.settle()
-        if self._owns_engine:
-            await self.batch.submit(self._engine.close)
         await self.batch.stop()
+        if self._owns_engine:
+            # The batch's thread has ended: nobody else drives the engine any more.
+            await asyncio.to_thread(self._engine.close)
         for close in self._close_with:
             await close()
 
@@ -171,7 +147,7 @@ class DecodeWorker:
             model=self.spec.model.served_name or self.spec.model.model,
             fingerprint=info.fingerprint,
             pid=os.getpid(),
-            draining=self.draining,
+            draining=self._host.draining,
             running=admission.running,
             queued=admission.queued,
             queued_tokens=admission.tokens,
@@ -185,7 +161,8 @@ class DecodeWorker:
     def metrics(self) -> dict[str, float]:
         """Counters since the start and gauges, by name."""
         admission = self.admission
-        values: dict[str, float] = {name: float(self.counters[name]) for name in _COUNTERS}
+        counters = self.counters + self._host.counters
+        values: dict[str, float] = {name: float(counters[name]) for name in _COUNTERS}
         values |= {
             "decode_generated_tokens_total": float(self.batch.generated_tokens),
             "decode_steps_total": float(self.batch.steps),
@@ -196,37 +173,12 @@ class DecodeWorker:
         }
         return values
 
-    async def _announce(self) -> None:
-        if self._directory is None or not self.address:
-            return
-        try:
-            await self._directory.register(self.describe(), ttl_s=self.spec.directory_ttl_s)
-        except PenstockError:
-            # The next heartbeat says the same.
-            return
-
     async def _generate(self, request: worker_pb2.GenerateRequest, write: Write) -> None:
-        """The RPC: checks, then one answer; every way out is counted once."""
-        if self.draining:
-            raise WorkerUnavailableError(f"decode worker {self.spec.worker_id} is draining")
-        self.counters["requests_total"] += 1
-        self._calls += 1
-        self._idle.clear()
-        news = _Events(self.spec.worker_id, write, one_by_one=request.evidence)
-        try:
+        """The RPC: one answer."""
+        with self._host.call() as has_told:
+            news = _Events(self.spec.worker_id, write, has_told, one_by_one=request.evidence)
             order = await asyncio.to_thread(self._read, request)
             await self.runner.run(order, Listener(news.granted, news.tokens, news.finished))
-        except asyncio.CancelledError:
-            # A client that hangs up after the last event has cancelled nothing.
-            self.counters["requests_cancelled_total"] += not news.is_finished
-            raise
-        except Exception:
-            self.counters["requests_failed_total"] += 1
-            raise
-        finally:
-            self._calls -= 1
-            if not self._calls:
-                self._idle.set()
 
     def _read(self, request: worker_pb2.GenerateRequest) -> Order:
         """In a thread: copying and hashing a million tokens takes some 100 ms."""
@@ -275,12 +227,14 @@ _COUNTERS = (
 class _Events:
     """An answer's news as messages of the stream."""
 
-    def __init__(self, worker_id: str, write: Write, *, one_by_one: bool) -> None:
+    def __init__(
+        self, worker_id: str, write: Write, has_told: Callable[[], None], *, one_by_one: bool
+    ) -> None:
         """`one_by_one`: evidence belongs to one token, so each gets an event of its own."""
         self._worker_id = worker_id
         self._write = write
         self._one_by_one = one_by_one
-        self.is_finished = False
+        self._has_told = has_told
 
     async def granted(self, need: Need) -> None:
         event = worker_pb2.Granted(worker_id=self._worker_id, reserved_bytes=need.size_bytes)
@@ -305,5 +259,5 @@ class _Events:
 
     async def finished(self, reason: str, completion_tokens: int, text: str) -> None:
         event = worker_pb2.Finished(reason=reason, completion_tokens=completion_tokens, text=text)
-        self.is_finished = True
+        self._has_told()
         await self._write(worker_pb2.GenerateEvent(finished=event))

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
+from typing import Any, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -18,7 +20,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
 from penstock.errors import (
-    CancelledError,
     DeadlineError,
     InvalidRequestError,
     OverloadedError,
@@ -27,12 +28,17 @@ from penstock.errors import (
     WorkerUnavailableError,
     from_code,
 )
+from penstock.worker import WorkerSpec
+from protos.penstock.kv.v1 import kv_pb2
 
 CODE_KEY = "penstock-code"
 RETRY_KEY = "retry-after-ms"
 MAX_MESSAGE_BYTES = 32 << 20
 """A prompt of a million tokens takes at most 5 MB; this leaves room for several."""
 _MAX_DETAIL_CHARS = 2_000
+_STOP_GRACE_S = 1.0
+_SPARE_CALLS = 64
+"""Calls beyond running and queued ones, so that refusals and health checks get through."""
 
 _log = logging.getLogger(__name__)
 
@@ -186,6 +192,132 @@ class WorkerServer:
         await self._server.stop(grace_s)
 
 
+class Registry(Protocol):
+    """What a worker needs of the directory (`kvstore.directory_client.DirectoryClient`)."""
+
+    async def register(self, worker: kv_pb2.Worker, *, ttl_s: float) -> int: ...
+
+    def registered(
+        self, describe: Callable[[], kv_pb2.Worker], *, ttl_s: float, period_s: float
+    ) -> AbstractAsyncContextManager[None]: ...
+
+
+class WorkerHost:
+    """What workers of both roles share: a server, an entry in the directory, counted calls, drain.
+
+    Belongs to one event loop. `start` once; `drain` and `stop` may be called again.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        service: str,
+        methods: dict[str, Any],
+        *,
+        describe: Callable[[], kv_pb2.Worker],
+        registry: Registry | None,
+    ) -> None:
+        """`registry` None: registered nowhere. `describe` gives the entry as of now."""
+        self.address = ""
+        self.draining = False
+        self.counters: Counter[str] = Counter()
+        """`requests_total`, `requests_failed_total`, `requests_cancelled_total`."""
+        self._spec = spec
+        self._service = service
+        self._methods = methods
+        self._describe = describe
+        self._registry = registry
+        self._registration = AsyncExitStack()
+        self._server: WorkerServer | None = None
+        self._calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def start(self) -> str:
+        """Serve and register; the address. Raises StoreUnavailableError without the directory."""
+        spec = self._spec
+        self._server = WorkerServer(
+            self._service,
+            self._methods,
+            host=spec.listen_host,
+            max_concurrent_calls=spec.max_running + spec.max_queued + _SPARE_CALLS,
+        )
+        self.address = await self._server.start()
+        if self._registry is not None:
+            await self._registration.enter_async_context(
+                self._registry.registered(
+                    self._describe, ttl_s=spec.directory_ttl_s, period_s=spec.heartbeat_s
+                )
+            )
+        return self.address
+
+    def check(self) -> None:
+        """Raises WorkerUnavailableError unless the server is up."""
+        if self._server is None:
+            raise WorkerUnavailableError(f"worker {self._spec.worker_id} does not serve")
+
+    @contextmanager
+    def call(self) -> Iterator[Callable[[], None]]:
+        """Counts one request and how it ends. Raises WorkerUnavailableError while draining.
+
+        What it gives is to be called once the client has been told the end: hanging up after that
+        cancels nothing.
+        """
+        if self.draining:
+            raise WorkerUnavailableError(f"worker {self._spec.worker_id} is draining")
+        self.counters["requests_total"] += 1
+        self._calls += 1
+        self._idle.clear()
+        told = False
+
+        def has_told() -> None:
+            nonlocal told
+            told = True
+
+        try:
+            yield has_told
+        except asyncio.CancelledError:
+            self.counters["requests_cancelled_total"] += not told
+            raise
+        except Exception:
+            self.counters["requests_failed_total"] += not told
+            raise
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self._idle.set()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for those that run. False if some still run after that."""
+        self.draining = True
+        if self._server is not None:
+            await self._server.set_serving(False)
+            await self._announce()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """Leave the directory, refuse new requests, cancel those that run."""
+        self.draining = True
+        await self._registration.aclose()
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(_STOP_GRACE_S)
+
+    async def _announce(self) -> None:
+        if self._registry is None:
+            return
+        try:
+            await self._registry.register(self._describe(), ttl_s=self._spec.directory_ttl_s)
+        except PenstockError as error:
+            # The next heartbeat says the same.
+            _log.debug("the directory was not told of the drain: %s", error.message)
+
+
 def _reachable(host: str) -> str:
     """A wildcard is no address to call: this machine's own instead."""
     if host not in ("0.0.0.0", "[::]"):
@@ -194,11 +326,6 @@ def _reachable(host: str) -> str:
         return socket.gethostbyname(socket.gethostname())
     except OSError:
         return "127.0.0.1"
-
-
-def client_gone() -> CancelledError:
-    """For steps that end because their client did."""
-    return CancelledError("the client cancelled the request")
 
 
 def check_fingerprint(asked: bytes, own: bytes) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
 
 from kvstore.client import StoreClient
 from kvstore.contracts import BlockStore
@@ -17,11 +16,9 @@ from penstock.errors import (
     ContextLengthError,
     InvalidRequestError,
     ModelLoadError,
-    PenstockError,
-    WorkerUnavailableError,
 )
 from penstock.identity import Chain
-from penstock.rpc import WorkerServer, Write, check_fingerprint, check_tokens, unary_stream
+from penstock.rpc import WorkerHost, Write, check_fingerprint, check_tokens, unary_stream
 from penstock.worker import WorkerSpec
 from prefill.job import Listener, Outcome, Prompt, PromptRunner
 from prefill.scheduler import PromptScheduler
@@ -30,9 +27,6 @@ from protos.penstock.kv.v1 import kv_pb2
 from protos.penstock.worker.v1 import worker_pb2
 
 SERVICE = "penstock.worker.v1.Prefill"
-STOP_GRACE_S = 1.0
-_SPARE_CALLS = 64
-"""Calls beyond running and queued ones, so that refusals and health checks get through."""
 
 
 async def open_worker(spec: WorkerSpec) -> PrefillWorker:
@@ -74,71 +68,49 @@ class PrefillWorker:
         owns_engine: bool = False,
     ) -> None:
         self.spec = spec
-        self.address = ""
-        self.draining = False
         self.counters: Counter[str] = Counter()
-        self._engine = engine
-        self._directory = directory
-        self._thread = ModelThread("prefill-model")
         self.scheduler = PromptScheduler(
             capacity_bytes=spec.kv_memory_bytes,
             max_running=spec.max_running,
             max_queued=spec.max_queued,
             queue_timeout_s=spec.queue_timeout_s,
         )
+        self._engine = engine
+        self._thread = ModelThread("prefill-model")
         self.runner = PromptRunner(engine, self._thread, store, self.scheduler, spec.chunk_tokens)
-        self._server: WorkerServer | None = None
-        self._registration = AsyncExitStack()
-        self._close_with = tuple(close_with)
-        self._owns_engine = owns_engine
-        self._calls = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    async def start(self) -> str:
-        """Serve and register; the address. Raises StoreUnavailableError without a directory."""
-        spec = self.spec
-        self._server = WorkerServer(
+        self._host = WorkerHost(
+            spec,
             SERVICE,
             {"Run": unary_stream(worker_pb2.PrefillRequest, self._run)},
-            host=spec.listen_host,
-            max_concurrent_calls=spec.max_running + spec.max_queued + _SPARE_CALLS,
+            describe=self.describe,
+            registry=directory,
         )
-        self.address = await self._server.start()
-        if self._directory is not None:
-            await self._registration.enter_async_context(
-                self._directory.registered(
-                    self.describe, ttl_s=spec.directory_ttl_s, period_s=spec.heartbeat_s
-                )
-            )
-        return self.address
+        self._close_with = tuple(close_with)
+        self._owns_engine = owns_engine
+        self._stopped = False
+
+    @property
+    def address(self) -> str:
+        return self._host.address
+
+    async def start(self) -> str:
+        """Serve and register; the address. Raises StoreUnavailableError without the directory."""
+        return await self._host.start()
 
     def check(self) -> None:
         """Raises WorkerUnavailableError unless the worker serves."""
-        if self._server is None:
-            raise WorkerUnavailableError(f"prefill worker {self.spec.worker_id} does not serve")
+        self._host.check()
 
     async def drain(self, timeout_s: float = 60.0) -> bool:
         """Refuse new requests and wait for those that run. False if some still run after that."""
-        self.draining = True
-        if self._server is not None:
-            await self._server.set_serving(False)
-        await self._announce()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
+        return await self._host.drain(timeout_s)
 
     async def stop(self) -> None:
         """Cancel what runs, leave the directory, close what `open_worker` opened."""
-        self.draining = True
-        await self._registration.aclose()
-        server, self._server = self._server, None
-        if server is None:
+        await self._host.stop()
+        if self._stopped:
             return
-        await server.stop(STOP_GRACE_S)
+        self._stopped = True
         await self.runner.settle()
         if self._owns_engine:
             await self._thread.run(self._engine.close)
@@ -156,7 +128,7 @@ class PrefillWorker:
             model=self.spec.model.served_name or self.spec.model.model,
             fingerprint=info.fingerprint,
             pid=os.getpid(),
-            draining=self.draining,
+            draining=self._host.draining,
             running=scheduler.running,
             queued=scheduler.queued,
             queued_tokens=scheduler.pending_tokens,
@@ -170,7 +142,8 @@ class PrefillWorker:
     def metrics(self) -> dict[str, float]:
         """Counters since the start and gauges, by name."""
         scheduler = self.scheduler
-        values: dict[str, float] = {name: float(self.counters[name]) for name in _COUNTERS}
+        counters = self.counters + self._host.counters
+        values: dict[str, float] = {name: float(counters[name]) for name in _COUNTERS}
         values |= {
             "running": float(scheduler.running),
             "queued": float(scheduler.queued),
@@ -179,37 +152,14 @@ class PrefillWorker:
         }
         return values
 
-    async def _announce(self) -> None:
-        if self._directory is None or not self.address:
-            return
-        try:
-            await self._directory.register(self.describe(), ttl_s=self.spec.directory_ttl_s)
-        except PenstockError:
-            # The next heartbeat says the same.
-            return
-
     async def _run(self, request: worker_pb2.PrefillRequest, write: Write) -> None:
-        """The RPC: checks, then one prompt; every way out is counted once."""
-        if self.draining:
-            raise WorkerUnavailableError(f"prefill worker {self.spec.worker_id} is draining")
-        self.counters["requests_total"] += 1
-        self._calls += 1
-        self._idle.clear()
-        try:
+        """The RPC: one prompt."""
+        with self._host.call() as has_told:
             prompt = await asyncio.to_thread(self._read, request)
             outcome = await self.runner.run(prompt, _listener(write))
             self._count(outcome)
+            has_told()
             await write(_done(outcome))
-        except asyncio.CancelledError:
-            self.counters["requests_cancelled_total"] += 1
-            raise
-        except Exception:
-            self.counters["requests_failed_total"] += 1
-            raise
-        finally:
-            self._calls -= 1
-            if not self._calls:
-                self._idle.set()
 
     def _read(self, request: worker_pb2.PrefillRequest) -> Prompt:
         """In a thread: copying and hashing a million tokens takes some 100 ms."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from itertools import pairwise
 
 import pytest
 
+from decode.batch import Batch
+from decode.output import Output
+from decode.stream import Stream, Wishes
 from model.engine import Segment
 from model.fake import FakeEngine, FakeSettings
 from penstock.errors import (
@@ -20,9 +24,19 @@ from penstock.errors import (
     StoreUnavailableError,
     WorkerUnavailableError,
 )
+from penstock.request import StopRule
 from penstock.rpc import FingerprintMismatchError
 from protos.penstock.worker.v1 import worker_pb2
-from tests.decode.pair import Pair, eventually, failure, memory_store, oracle, pair, prompt_of
+from tests.decode.pair import (
+    GREEDY,
+    Pair,
+    eventually,
+    failure,
+    memory_store,
+    oracle,
+    pair,
+    prompt_of,
+)
 
 SLOW = FakeSettings(prefill_tokens_per_s=40_000, decode_step_ms=2)
 
@@ -260,3 +274,26 @@ async def test_leases_outlive_their_ttl_while_work_goes_on() -> None:
         assert leases[-2] >= 2 * (len(leases) - 1)
         await asyncio.sleep(0.3)
         assert (await workers.store.stat()).leases == 0
+
+
+async def test_a_batch_that_stops_answers_all_who_wait() -> None:
+    engine = FakeEngine(FakeSettings(decode_step_ms=20))
+    batch = Batch(engine)
+    batch.start()
+    sequence = engine.open(100)
+    engine.forward([Segment(sequence, [1, 2, 3])])
+    output = Output(StopRule(50, ignore_eos=True), engine.info.eos_token_ids, None)
+    stream = Stream(sequence, GREEDY, output, Wishes(), lambda position, payload: None)
+    batch.join(stream)
+    await stream.take()
+    late = batch.submit(time.sleep, 0.01)
+    await batch.stop()
+    await batch.stop()
+    done, waiting = await asyncio.wait({late}, timeout=1)
+    assert done and not waiting
+    late.exception()
+    with pytest.raises(WorkerUnavailableError):
+        while await stream.take():
+            pass
+    with pytest.raises(WorkerUnavailableError):
+        batch.submit(time.sleep, 0)
