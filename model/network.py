@@ -55,8 +55,11 @@ class Network:
         self._blocks = [self._block(layer) for layer in range(config.layers)]
         self._tensors = {}
 
-    def forward(self, chunks: Sequence[Chunk]) -> None:
-        """Absorb one pass. Afterwards every sequence's position, last row and evidence are set."""
+    def forward(self, chunks: Sequence[Chunk], *, every: bool = False) -> Tensor:
+        """Absorb one pass. Afterwards every sequence's position, last row and evidence are set.
+
+        Returns collapsed and normalised rows fp32: of each chunk's last token, or of every token.
+        """
         c = self._config
         rows = Rows([chunk.span for chunk in chunks], window=c.window)
         tokens = torch.tensor([token for chunk in chunks for token in chunk.tokens])
@@ -69,16 +72,18 @@ class Network:
                 streams,
                 rows,
                 tokens,
-                wanted=wanted if layer == c.layers - 1 else None,
+                wanted=None if every or layer < c.layers - 1 else wanted,
                 evidence_rows=index.tolist() if layer == c.last_csa_layer else None,
             )
             if attended.evidence is not None:
                 for span, pairs in zip(rows.spans, attended.evidence, strict=True):
                     span.cache.evidence = pairs
         hidden = self._collapse(streams)
-        for row, span in enumerate(rows.spans):
+        lasts = index.tolist() if every else range(len(rows.spans))
+        for row, span in zip(lasts, rows.spans, strict=True):
             span.cache.hidden_D = hidden[row].clone()
             span.cache.position = span.end
+        return hidden
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """[R, V] fp32 of collapsed and normalised rows."""

@@ -8,7 +8,7 @@ state is wanted: in class `exact` a cut changes nothing, so any cut is allowed.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -208,15 +208,22 @@ class TorchEngine:
         pending = [item for item in work if item.tokens]
         while pending:
             chunks = _next_pass(pending)
-            self._network.forward(chunks)
-            for chunk in chunks:
-                item = next(w for w in pending if w.cache is chunk.span.cache)
+            asking = [next(w for w in pending if w.cache is chunk.span.cache) for chunk in chunks]
+            hidden = self._network.forward(chunks, every=any(item.all_logits for item in asking))
+            for chunk, item in zip(chunks, asking, strict=True):
                 item.done += chunk.span.count
+                if item.all_logits:
+                    item.logits.append(self._network.logits(hidden[chunk.span.rows]))
                 if item.cache.position in item.states_at:
                     state = item.cache.export_state(self._layout, self._codec)
                     results[work.index(item)].states[item.cache.position] = state
             pending = [item for item in pending if item.done < len(item.tokens)]
-        return results
+        return [
+            SegmentResult(
+                result.states, TorchLogits(torch.cat(item.logits)) if item.logits else None
+            )
+            for item, result in zip(work, results, strict=True)
+        ]
 
     @torch.inference_mode()
     def export_block(self, sequence: Sequence, index: int) -> bytes:
@@ -280,7 +287,7 @@ class TorchEngine:
         ascending = all(a < b for a, b in pairwise(wanted))
         if wanted and not (ascending and mine.position < wanted[0] and wanted[-1] <= end):
             raise ValueError(f"states_at {wanted} must ascend inside ({mine.position}, {end}]")
-        return _Work(mine, tokens, wanted)
+        return _Work(mine, tokens, wanted, segment.all_logits)
 
 
 @dataclass
@@ -290,7 +297,9 @@ class _Work:
     cache: SequenceCache
     tokens: list[int]
     states_at: tuple[int, ...]
+    all_logits: bool
     done: int = 0
+    logits: list[Tensor] = field(default_factory=list)
 
     def take(self, budget: int) -> list[int]:
         """Next tokens: within the budget, and not beyond the next wanted state."""
