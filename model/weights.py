@@ -142,7 +142,9 @@ def _refuse(root: Path, problems: list[str], *, known: set[str]) -> None:
 
 
 def _locations(root: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the index if there is one, else from the files themselves."""
+    """Tensor name -> file: from the index if there is one; else `model.safetensors` alone if it is
+    there (other files beside it, such as an oracle's, are not the model); else from every file.
+    """
     index = root / _INDEX_FILE
     if index.exists():
         try:
@@ -150,7 +152,8 @@ def _locations(root: Path) -> dict[str, Path]:
             return {str(name): root / str(file) for name, file in listed.items()}
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelLoadError(f"{index} cannot be read as a tensor index: {error!r}") from None
-    files = sorted(root.glob("*.safetensors"))
+    only = root / "model.safetensors"
+    files = [only] if only.exists() else sorted(root.glob("*.safetensors"))
     found: dict[str, Path] = {}
     for path in files:
         for name in _names(path):

@@ -153,3 +153,9 @@ def test_the_tensor_table_counts_what_the_release_has() -> None:
     mtp = 13 + 2 + 6 + 2 + 6 + 6 * 384 + 10
     print(len(table), len(scales), mtp)
     assert len(table) + len(scales) + mtp == 145_116
+
+
+def test_other_safetensors_files_beside_the_model_are_not_the_model(tmp_path: Path) -> None:
+    source = oracle.build("window_only", tmp_path / "model")
+    save_file({"logits_1": torch.zeros(1)}, source.folder / "oracle.safetensors")
+    load_engine(source.folder).close()
