@@ -1,0 +1,73 @@
+"""The surface is a test: every name that outside scripts rely on, in one list.
+
+Adding a name is a visible diff of `tests/surface.txt`; a missing one is a breaking change. To
+accept what is there now: `PENSTOCK_UPDATE_SURFACE=1 .venv/bin/python -m pytest
+tests/test_surface.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+from google.protobuf.descriptor import FileDescriptor
+
+from cluster.api import create_app
+from cluster.api.fake_service import FakeService
+from cluster.cli.main import build
+from cluster.config import ClusterConfig, FrontSection
+from penstock.telemetry import Telemetry
+from protos.penstock.kv.v1 import kv_pb2
+from protos.penstock.worker.v1 import worker_pb2
+
+SNAPSHOT = Path(__file__).parent / "surface.txt"
+
+
+def flags() -> Iterator[str]:
+    command = typer.main.get_command(build())
+    pending = [("penstock", command)]
+    while pending:
+        path, each = pending.pop()
+        for name, sub in getattr(each, "commands", {}).items():
+            pending.append((f"{path} {name}", sub))
+        for parameter in each.params:
+            for spelling in [*parameter.opts, *parameter.secondary_opts]:
+                yield f"cli {path} {spelling}"
+
+
+def endpoints() -> Iterator[str]:
+    api = create_app(
+        FakeService(), tokenizer=None, chat=None, config=FrontSection(), telemetry=Telemetry()
+    )
+    for route in api.openapi()["paths"].items():
+        for method in route[1]:
+            yield f"http {method.upper()} {route[0]}"
+
+
+def settings() -> Iterator[str]:
+    for section, field in ClusterConfig.model_fields.items():
+        for name in field.annotation.model_fields:  # type: ignore[union-attr]
+            yield f"env PENSTOCK_{section.upper()}__{name.upper()}"
+
+
+def messages() -> Iterator[str]:
+    files: list[FileDescriptor] = [kv_pb2.DESCRIPTOR, worker_pb2.DESCRIPTOR]
+    for file in files:
+        for service in file.services_by_name.values():
+            for method in service.methods:
+                yield f"grpc {service.full_name}/{method.name}"
+        for message in file.message_types_by_name.values():
+            for field in message.fields:
+                yield f"proto {message.full_name}.{field.name} = {field.number}"
+
+
+def test_the_surface_is_what_the_snapshot_lists() -> None:
+    now = sorted({*flags(), *endpoints(), *settings(), *messages()})
+    if os.environ.get("PENSTOCK_UPDATE_SURFACE"):
+        SNAPSHOT.write_text("\n".join(now) + "\n")
+    before = SNAPSHOT.read_text().splitlines()
+    gone, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
+    assert not gone, f"names that scripts may rely on are gone: {gone}"
+    assert not new, f"new names; accept them as this module's docstring says: {new}"
