@@ -213,6 +213,22 @@ def memory_is_priced_before_it_is_taken(make: Factory) -> None:
     assert prices[0] > 0
 
 
+def every_position_s_logits_are_those_of_its_prefix(make: Factory) -> None:
+    engine = make()
+    tokens = tokens_for(engine, 300)
+    sequence = engine.open(300)
+    asked = [Segment(sequence, tokens[:180], (128,), all_logits=True)]
+    first = engine.forward([Segment(engine.open(9), tokens[:9]), *asked])[1]
+    second = engine.forward([Segment(sequence, tokens[180:], all_logits=True)])[0]
+    assert set(first.states) == {128}
+    rows = [bytes(r.logits.row(i)) for r in (first, second) for i in range(len(r.logits))]
+    assert len(rows) == 300
+    for position in (1, 7, 128, 180, 181, 300):
+        short = absorb(engine, tokens[:position], chunk=position)
+        assert rows[position - 1] == logits_of(engine, short), position
+    assert engine.forward([Segment(engine.open(3), tokens[:3])])[0].logits is None
+
+
 CLAUSES: tuple[Callable[[Factory], None], ...] = (
     info_is_complete,
     logits_are_float32_rows,
@@ -227,4 +243,5 @@ CLAUSES: tuple[Callable[[Factory], None], ...] = (
     a_released_sequence_is_refused,
     evidence_is_ordered_and_in_the_past,
     memory_is_priced_before_it_is_taken,
+    every_position_s_logits_are_those_of_its_prefix,
 )

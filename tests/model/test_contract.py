@@ -1,4 +1,4 @@
-"""The engine contract on the torch engine."""
+"""The engine contract on the torch engine and on the fake."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from model.fake import FakeEngine
 from model.torch_engine import TorchEngine, load_engine
 from tests.model import engine_contract, oracle
 
@@ -21,3 +22,8 @@ def test_torch_engine_keeps_the_contract(
         return load_engine(folder)
 
     clause(make)
+
+
+@pytest.mark.parametrize("clause", engine_contract.CLAUSES, ids=lambda clause: clause.__name__)
+def test_the_fake_keeps_the_contract(clause: Callable[[engine_contract.Factory], None]) -> None:
+    clause(FakeEngine)
