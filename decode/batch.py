@@ -113,7 +113,11 @@ class Batch:
                 if not self._streams and not self._work:
                     self._wake.clear()
                     await self._wake.wait()
-                turn = await loop.run_in_executor(self._executor, self._turn, tuple(self._streams))
+                # Work that comes later waits for the next turn: it may release a sequence whose
+                # stream has left since, but which is still in this turn's step.
+                turn = await loop.run_in_executor(
+                    self._executor, self._turn, tuple(self._streams), len(self._work)
+                )
                 self._apply(turn)
         except Exception:
             # A bug of ours: `check` shows it, and nobody may wait for a batch that has ended.
@@ -133,16 +137,16 @@ class Batch:
 
     # On the engine's thread
 
-    def _turn(self, streams: tuple[Stream, ...]) -> _Turn:
+    def _turn(self, streams: tuple[Stream, ...], work_items: int) -> _Turn:
         turn = _Turn()
-        self._do_work(turn)
+        self._do_work(turn, work_items)
         if streams:
             self._step(turn, streams)
         return turn
 
-    def _do_work(self, turn: _Turn) -> None:
+    def _do_work(self, turn: _Turn, most: int) -> None:
         until = time.perf_counter() + WORK_SLICE_S
-        while self._work:
+        for _ in range(most):
             work = self._work.popleft()
             if work.future.cancelled():
                 continue

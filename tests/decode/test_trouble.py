@@ -297,3 +297,49 @@ async def test_a_batch_that_stops_answers_all_who_wait() -> None:
             pass
     with pytest.raises(WorkerUnavailableError):
         batch.submit(time.sleep, 0)
+
+
+async def test_cancels_do_not_disturb_the_company() -> None:
+    async with pair(settings=SLOW) as workers:
+        prompt, draw = prompt_of(400), random.Random(5)
+        asking = asyncio.create_task(workers.ask(prompt, max_tokens=300, ignore_eos=True))
+        await eventually(lambda: workers.decode.batch.generated_tokens)
+        await asyncio.gather(
+            *(cancelled_after(workers, draw.random() * 0.6, 200 + seed) for seed in range(40))
+        )
+        got = await asking
+        assert got.token_ids == oracle(prompt, max_tokens=300, ignore_eos=True).token_ids
+        assert workers.decode.metrics()["requests_failed_total"] == 0
+        await workers.settles()
+
+
+async def test_work_that_comes_during_a_turn_waits_for_the_next() -> None:
+    """A release in the middle of a turn would take the sequence away under the turn's step."""
+    engine = FakeEngine()
+    batch = Batch(engine)
+    batch.start()
+    loop = asyncio.get_running_loop()
+    streams = []
+    for _ in range(2):
+        sequence = engine.open(600)
+        engine.forward([Segment(sequence, [1, 2, 3])])
+        output = Output(StopRule(500, ignore_eos=True), engine.info.eos_token_ids, None)
+        streams.append(Stream(sequence, GREEDY, output, Wishes(), lambda position, payload: None))
+        batch.join(streams[-1])
+    leaver, stayer = streams
+    await leaver.take()
+
+    def leave() -> None:
+        batch.leave(leaver)
+        batch.submit(engine.release, leaver.sequence)
+
+    def slow() -> None:
+        # On the engine's thread: the turn has its streams already when the release comes.
+        loop.call_soon_threadsafe(leave)
+        time.sleep(0.003)
+
+    await batch.submit(slow)
+    while await stayer.take():
+        pass
+    assert len(stayer.tokens) == 500
+    await batch.stop()
