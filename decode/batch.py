@@ -64,6 +64,10 @@ class Batch:
         self._stopping = False
         self.steps = 0
         self.generated_tokens = 0
+        self.absorbed_tokens = 0
+        """By how far the engine's sequences advanced in steps, as the engine itself counts."""
+        self.fed_tokens = 0
+        """How many of those were tokens that this worker had drawn."""
 
     @property
     def is_alive(self) -> bool:
@@ -164,9 +168,12 @@ class Batch:
         stepping = [stream for stream in streams if stream.pending is not None]
         try:
             if stepping:
+                before = sum(s.sequence.position for s in stepping)
                 self._engine.forward(
                     [Segment(s.sequence, (s.pending,)) for s in stepping if s.pending is not None]
                 )
+                self.absorbed_tokens += sum(s.sequence.position for s in stepping) - before
+                self.fed_tokens += len(stepping)
                 ready += stepping
                 turn.states += [
                     (s, s.sequence.position, self._engine.export_state(s.sequence))

@@ -166,6 +166,10 @@ class DecodeWorker:
         values |= {
             "decode_generated_tokens_total": float(self.batch.generated_tokens),
             "decode_steps_total": float(self.batch.steps),
+            # What was computed without having been drawn here can only be of a prompt: promised 0.
+            "decode_prompt_tokens_computed_total": float(
+                self.batch.absorbed_tokens - self.batch.fed_tokens
+            ),
             "running": float(admission.running),
             "queued": float(admission.queued),
             "reserved_bytes": float(admission.reserved_bytes),
@@ -218,8 +222,6 @@ _COUNTERS = (
     "requests_failed_total",
     "requests_cancelled_total",
     "decode_attached_tokens_total",
-    # Stays 0: no code of this room absorbs a prompt token. Shown so that anyone can check it.
-    "decode_prompt_tokens_computed_total",
     "decode_publish_failures_total",
 )
 
