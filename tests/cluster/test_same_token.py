@@ -195,6 +195,7 @@ def redis_url() -> Iterator[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["ledger", "all_kinds", "ledger_like"])
 @pytest.mark.parametrize(
     ("chunk", "index"), [(391, "embedded"), (128, "redis"), (512, "embedded"), (WHOLE, "redis")]
@@ -223,6 +224,7 @@ def test_every_path_of_the_local_launcher_draws_the_same_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.ray
 def test_the_ray_launcher_draws_the_same_bits(
     folders: Callable[[str], str], cases: Callable[[str], list[Case]]
