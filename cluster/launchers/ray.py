@@ -4,8 +4,10 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -99,6 +102,12 @@ class RayLauncher:
                 _node_ip_address="127.0.0.1",
                 **common,
             )
+        except SystemExit:
+            # A SIGTERM that met Ray's handler: hand it to ours.
+            if main:
+                signal.signal(signal.SIGTERM, ours[signal.SIGTERM])
+                signal.raise_signal(signal.SIGTERM)
+            raise
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             where = settings.ray_address or "a Ray of its own"
             raise UnavailableError(f"cannot start {where}: {str(error).splitlines()[0]}") from error
@@ -131,6 +140,8 @@ class RayLauncher:
         router: Any = RequestRouterConfig(request_router_class=cast(Any, TargetedRouter))
         # Serve's decorator with a class as its first argument; its stubs know only the other form.
         deployment_of = cast(Any, serve.deployment)
+        # On one machine a model that fails to load fails again; elsewhere it may be one bad node.
+        retries = 1 if config.launcher.ray_address is None else 20
         targets = []
         for role, replica, replicas in (
             ("prefill", PrefillReplica, config.prefill.replicas),
@@ -141,6 +152,7 @@ class RayLauncher:
                 name=role,
                 num_replicas=replicas,
                 max_ongoing_requests=MAX_HOLDS,
+                max_constructor_retry_count=retries,
                 health_check_period_s=2.0,
                 health_check_timeout_s=30.0,
                 graceful_shutdown_timeout_s=config.launcher.drain_timeout_s,
@@ -167,7 +179,7 @@ class RayLauncher:
         try:
             serve.run_many(targets)
         except RuntimeError as error:
-            raise PenstockError(_cause(str(error))) from error
+            raise PenstockError(_cause(str(error), _reports())) from error
 
     def _check(self) -> None:
         if self._store is not None and not self._store.running:
@@ -186,11 +198,16 @@ class RayLauncher:
             if ray.is_initialized():
                 from ray import serve
 
-                try:
-                    cast(Any, serve).shutdown()
-                except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
-                    _log.warning("Serve did not shut down cleanly: %s", error)
-                ray.shutdown()
+                # Ray tells of its controller's end on stdout, where only our own lines belong.
+                with (
+                    Path(os.devnull).open("w") as nowhere,
+                    contextlib.redirect_stdout(nowhere),
+                ):
+                    try:
+                        cast(Any, serve).shutdown()
+                    except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
+                        _log.warning("Serve did not shut down cleanly: %s", error)
+                    ray.shutdown()
         if self._store is not None:
             self._store.stop()
             self._store = None
@@ -204,9 +221,23 @@ class RayLauncher:
             self._janitor = None
 
 
-def _cause(text: str) -> str:
-    """The last line of Serve's report that says something, not its traceback."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    skip = ("File", "Traceback")
-    errors = [line for line in lines if "Error" in line and not line.startswith(skip)]
-    return (errors or lines or ["a deployment failed to start"])[-1]
+def _reports() -> list[str]:
+    """What Serve knows of each deployment; a traceback of its constructor if that failed."""
+    from ray import serve
+
+    status = serve.status()
+    return [d.message for app in status.applications.values() for d in app.deployments.values()]
+
+
+def _cause(summary: str, reports: Sequence[str]) -> str:
+    """One sentence: the error with which a worker's constructor ended, else Serve's summary."""
+    for report in reports:
+        # A chain of tracebacks ends with the error that was raised last.
+        ours = re.findall(r"^penstock\.errors\.\w+: (.+)$", report, re.MULTILINE)
+        if ours:
+            return str(ours[-1])
+    for report in reports:
+        errors = re.findall(r"^[\w.]+(?:Error|Exception): (?!Traceback)(.+)$", report, re.MULTILINE)
+        if errors:
+            return str(errors[-1])
+    return next((line.strip() for line in summary.splitlines() if line.strip()), "no deployment")

@@ -314,11 +314,6 @@ def _bad_config(folder: Path) -> str:
     return "config.json"
 
 
-def _no_weights(folder: Path) -> str:
-    (folder / "model.safetensors").unlink()
-    return "safetensors"
-
-
 @pytest.mark.parametrize(
     ("spoil", "launcher"),
     [
@@ -327,7 +322,6 @@ def _no_weights(folder: Path) -> str:
         (_truncated, "local"),
         (_no_config, "local"),
         (_bad_config, "local"),
-        (_no_weights, "local"),
         pytest.param(_misshapen, "ray", marks=pytest.mark.ray),
     ],
 )
