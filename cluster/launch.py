@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from cluster.config import ClusterConfig
@@ -43,15 +43,16 @@ class _Signalled(BaseException):
 def run(config: ClusterConfig) -> int:
     """What `penstock serve` does: prints `ready URL`, serves until a signal. Exit code."""
 
+    def handle_with(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, handler)
+
     def on_signal(number: int, frame: FrameType | None) -> None:
-        # A second signal must not interrupt the clean-up that the first one began.
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
+        handle_with(signal.SIG_IGN)
         raise _Signalled(number)
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, on_signal)
+    handle_with(on_signal)
     launcher = launcher_for(config)
     try:
         endpoint = launcher.start()
@@ -60,5 +61,7 @@ def run(config: ClusterConfig) -> int:
     except _Signalled:
         return 0
     finally:
+        # No signal may interrupt the clean-up, whether a signal or a failure began it.
+        handle_with(signal.SIG_IGN)
         launcher.stop()
     return 0

@@ -102,6 +102,25 @@ def test_a_store_node_that_dies_ends_the_cluster_with_one_sentence() -> None:
         assert not any("Traceback" in line for line in served.errors)
 
 
+def test_ctrl_c_while_a_failed_cluster_stops_does_no_harm() -> None:
+    with serving(*LOCAL) as served:
+        pids = served.note()
+        (store,) = [p for p, command in pids.items() if "-m kvstore" in command]
+        (decode,) = [p for p, command in pids.items() if "-m decode" in command]
+        # A worker that does not end by itself makes the clean-up last.
+        os.kill(decode, signal.SIGSTOP)
+        os.kill(store, signal.SIGKILL)
+        time.sleep(1.5)
+        print(f"Ctrl-C in the middle of the clean-up: {not served.ended}")
+        assert not served.ended
+        served.signal(signal.SIGINT, group=True)
+        assert served.exit_code(within_s=GONE_WITHIN_S) == 1
+        served.assert_gone(within_s=GONE_WITHIN_S)
+        print(served.errors)
+        assert any("KV store" in line for line in served.errors)
+        assert not any("Traceback" in line for line in served.errors)
+
+
 def test_two_clusters_at_once_and_one_port_twice_in_a_row() -> None:
     port = free_port()
     with serving(*LOCAL, port=port) as first, serving(*LOCAL) as second:
