@@ -4,7 +4,8 @@ Pure: no I/O, no bytes, an injected clock. A call that makes objects disappear r
 the node takes them with `take_dropped` in the same step and lets go of the bytes and index entries.
 
 An object is evictable if nobody leases it and nobody reads it. Evictable objects leave in the order
-in which they became so; a superseded rolling object leaves first.
+in which they became so. A rolling object that its owner has left goes with its last lease or
+reader.
 """
 
 from __future__ import annotations
@@ -207,7 +208,7 @@ class Catalog:
     def close_read(self, entry: Entry) -> None:
         entry.readers -= 1
         self._readers -= 1
-        self._settle(entry)
+        self._let_go(entry)
 
     # Leases
 
@@ -235,7 +236,7 @@ class Catalog:
         self._expire()
         ids = self._leases.drop_owner(owner)
         for id_ in ids:
-            self._settle(self._entries[id_])
+            self._let_go(self._entries[id_])
         slot = self._slots.pop(owner, None)
         if slot is not None:
             self._leave_slot(owner, self._entries[slot])
@@ -245,7 +246,7 @@ class Catalog:
 
     def _expire(self) -> None:
         for id_ in self._leases.expire(self._clock()):
-            self._settle(self._entries[id_])
+            self._let_go(self._entries[id_])
 
     def _hold(self, entry: Entry, *, owner: str, ttl_s: float) -> None:
         if ttl_s > 0 and owner:
@@ -265,9 +266,14 @@ class Catalog:
         entry.slots.discard(owner)
         if not entry.retained:
             self._leases.drop(owner, entry.id)
-            if not (entry.slots or entry.readers or self._leases.is_leased(entry.id)):
-                self._remove(entry)
-                return
+        self._let_go(entry)
+
+    def _let_go(self, entry: Entry) -> None:
+        """A lease, reader or slot has left it: a superseded rolling object goes with the last."""
+        held = entry.readers or self._leases.is_leased(entry.id)
+        if not (entry.retained or entry.slots or held):
+            self._remove(entry)
+            return
         self._settle(entry)
 
     def _settle(self, entry: Entry) -> None:
@@ -279,8 +285,7 @@ class Catalog:
         if entry.id not in self._idle:
             self._idle[entry.id] = entry.size_bytes
             self._idle_bytes += entry.size_bytes
-        superseded = not entry.retained and not entry.slots
-        self._idle.move_to_end(entry.id, last=not superseded)
+        self._idle.move_to_end(entry.id)
 
     def _make_room(self, size_bytes: int) -> None:
         held = self._used_bytes + self._reserved_bytes

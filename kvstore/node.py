@@ -71,7 +71,9 @@ class StoreNode:
     def lease(self, ids: Sequence[bytes], *, owner: str, ttl_s: float) -> list[bool]:
         check_ids(ids)
         check_owner(owner, needed=ttl_s > 0)
-        return self._catalog.lease(owner, ids, ttl_s)
+        held = self._catalog.lease(owner, ids, ttl_s)
+        self._let_go()
+        return held
 
     def release(self, owner: str) -> int:
         check_owner(owner, needed=True)
@@ -111,6 +113,7 @@ class StoreNode:
         while True:
             self._catalog.lease(owner, [id_], ttl_s)
             entry = self._catalog.open_read(id_)
+            self._let_go()
             if entry is not None:
                 self.hits += 1
                 return OpenGet(self, entry)
@@ -121,6 +124,7 @@ class StoreNode:
 
     def stat(self) -> StoreStat:
         usage = self._catalog.usage()
+        self._let_go()
         announcer = self.announcer
         return StoreStat(
             epoch=self.epoch,
@@ -268,6 +272,7 @@ class OpenGet:
             self._open = False
             self._node.bytes_out += len(self.data)
             self._node._catalog.close_read(self._entry)
+            self._node._let_go()
 
 
 def check_ids(ids: Sequence[bytes]) -> None:

@@ -127,6 +127,9 @@ class CatalogMachine(RuleBasedStateMachine):
     @invariant()
     def the_budget_holds_and_the_counts_are_true(self) -> None:
         usage = self.catalog.usage()
+        self.forget_dropped(None)
+        for id_ in self.sizes:
+            self.check_superseded(id_)
         assert usage.used_bytes == sum(self.sizes.values())
         assert usage.reserved_bytes == sum(writer.size_bytes for writer in self.writers)
         assert usage.used_bytes + usage.reserved_bytes <= CAPACITY_BYTES
@@ -249,3 +252,16 @@ def test_a_rolling_object_put_twice_does_not_replace_itself() -> None:
     assert catalog.adopt(IDS[0], owner="a", ttl_s=5, rolling=True)
     assert catalog.has(IDS[:1]) == [True]
     assert catalog.usage().leases == 1
+
+
+def test_a_rolling_object_released_while_it_is_read_goes_with_its_reader() -> None:
+    catalog = Catalog(LIMITS, clock=lambda: 0.0)
+    reservation = catalog.reserve(IDS[0], ObjectKind.STATE, 10)
+    catalog.commit(reservation, digest=b"", owner="a", ttl_s=5, rolling=True)
+    read = catalog.open_read(IDS[0])
+    assert read is not None
+    catalog.release("a")
+    assert catalog.has([IDS[0]]) == [True]
+    catalog.close_read(read)
+    assert catalog.has([IDS[0]]) == [False]
+    assert catalog.take_dropped() == [IDS[0]]
