@@ -57,12 +57,25 @@ def question_block(
     return text, at
 
 
+def draw_code(rng: random.Random, repeats: float) -> str:
+    """Four digits; a share `repeats` of the codes uses two or three digits only.
+
+    Such codes decide whether the model counts places: after the first `8` of `8980` it must not go
+    on with what follows the other one.
+    """
+    digits = "0123456789"
+    if rng.random() < repeats:
+        digits = "".join(rng.sample(digits, rng.choice((2, 2, 3))))
+    return "".join(rng.choices(digits, k=4))
+
+
 def _draw_row(
     rng: random.Random,
     tok: Tokenizer,
     shape: Shape,
     full: float,
     unanswerable: float,
+    repeats: float,
     taken: set[str],
 ) -> _Row | None:
     def trainable(name: str) -> bool:
@@ -76,7 +89,7 @@ def _draw_row(
         name = documents.neighbour(rng, rng.choice(known)) if near else documents.make_name(rng)
         if trainable(name) and name not in taken and name not in known and name not in absent:
             absent.append(name)
-    codes = {name: f"{rng.randrange(10000):04d}" for name in known}
+    codes = {name: draw_code(rng, repeats) for name in known}
     asked = rng.sample(known, min(len(known), shape.questions - absent_count))
     questions = [(n, codes[n]) for n in asked] + [(n, documents.UNKNOWN) for n in absent]
     rng.shuffle(questions)
@@ -85,7 +98,9 @@ def _draw_row(
     for _ in range(rng.randint(shape.facts // 5, shape.facts // 2)):
         subject = rng.choice(known + absent) if rng.random() < 0.6 else documents.make_name(rng)
         others.append(documents.near_miss(rng, subject))
-    fixed = len(tok.encode(block).ids) + 13 * len(known) + 12 * len(others)
+    sentences = [documents.FACT.format(name=n, code=c) for n, c in codes.items()] + others
+    fixed = len(tok.encode(block).ids) + len(tok.encode(" ".join(sentences)).ids)
+    # Weaving moves token borders; the surplus is cut off in front, where no fact stands.
     need = shape.tokens - fixed + 24
     if need < 40:
         return None
@@ -99,7 +114,7 @@ def _draw_row(
             piece = piece[: cut_piece.offsets[size][0]]
         pieces.append(piece)
         total += min(len(cut_piece.ids), size)
-    document = documents.weave(rng, "".join(pieces), codes, others, start=60)
+    document = documents.weave(rng, "".join(pieces), codes, others, start=60 + 2 * len(sentences))
     text = document.text + block
     encoded = tok.encode(text)
     cut = len(encoded.ids) - shape.tokens
@@ -152,6 +167,7 @@ def draw(
     full: float,
     unanswerable: float,
     gapless: bool,
+    repeats: float = 0.0,
 ) -> Task:
     """One batch; names are different in all its rows, so that rows can distract each other."""
     taken: set[str] = set()
@@ -159,7 +175,7 @@ def draw(
     for _ in range(50 * shape.rows):
         if len(rows) == shape.rows:
             break
-        row = _draw_row(rng, tok, shape, full, unanswerable, taken)
+        row = _draw_row(rng, tok, shape, full, unanswerable, repeats, taken)
         if row is not None:
             rows.append(row)
     if len(rows) < shape.rows:

@@ -134,6 +134,7 @@ def train(
             task = batches.draw(
                 rng, tok, shape, full=stage.full_question, unanswerable=cfg.unanswerable,
                 gapless=rng.random() < stage.gapless,
+                repeats=stage.repeats,
             )  # fmt: skip
             logits, evidence = network(
                 task.batch, distractors=bank.offer(), share_entries=True,
