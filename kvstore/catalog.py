@@ -245,7 +245,8 @@ class Catalog:
     # Inside
 
     def _expire(self) -> None:
-        for id_ in self._leases.expire(self._clock()):
+        # Several owners' leases on one object may end together.
+        for id_ in dict.fromkeys(self._leases.expire(self._clock())):
             self._let_go(self._entries[id_])
 
     def _hold(self, entry: Entry, *, owner: str, ttl_s: float) -> None:
