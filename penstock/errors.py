@@ -104,6 +104,13 @@ class IndexUnavailableError(UnavailableError):
     code = "index_unavailable"
 
 
+class FingerprintMismatchError(UnavailableError):
+    """The request was routed for another model, format or numerics than this worker serves."""
+
+    code = "fingerprint_mismatch"
+    grpc_code = "FAILED_PRECONDITION"
+
+
 class DeadlineError(PenstockError):
     http_status = 504
     openai_type = "server_error"
@@ -147,6 +154,7 @@ _BY_CODE: dict[str, type[PenstockError]] = {
         StoreUnavailableError,
         WorkerUnavailableError,
         IndexUnavailableError,
+        FingerprintMismatchError,
         DeadlineError,
         CancelledError,
         BlockIntegrityError,
@@ -155,8 +163,12 @@ _BY_CODE: dict[str, type[PenstockError]] = {
 }
 
 
-def from_code(code: str, message: str, *, retry_after_s: float | None = None) -> PenstockError:
+def from_code(
+    code: str, message: str, *, param: str | None = None, retry_after_s: float | None = None
+) -> PenstockError:
     """Rebuild an error that crossed a wire as (code, message); an unknown code stays a server
     error.
     """
-    return _BY_CODE.get(code, PenstockError)(message, code=code, retry_after_s=retry_after_s)
+    return _BY_CODE.get(code, PenstockError)(
+        message, param=param, code=code, retry_after_s=retry_after_s
+    )

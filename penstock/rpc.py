@@ -21,6 +21,7 @@ from grpc_health.v1.health import aio as health
 
 from penstock.errors import (
     DeadlineError,
+    FingerprintMismatchError,
     InvalidRequestError,
     OverloadedError,
     PenstockError,
@@ -33,6 +34,7 @@ from protos.penstock.kv.v1 import kv_pb2
 
 CODE_KEY = "penstock-code"
 RETRY_KEY = "retry-after-ms"
+PARAM_KEY = "penstock-param"
 MAX_MESSAGE_BYTES = 32 << 20
 """A prompt of a million tokens takes at most 5 MB; this leaves room for several."""
 _MAX_DETAIL_CHARS = 2_000
@@ -45,15 +47,6 @@ _log = logging.getLogger(__name__)
 Request = TypeVar("Request", bound=Message)
 Write = Callable[[Any], Awaitable[None]]
 Handler = Callable[[Request, Write], Awaitable[None]]
-
-
-class FingerprintMismatchError(PenstockError):
-    """The request was routed for another model, format or numerics than this worker serves."""
-
-    http_status = 503
-    code = "fingerprint_mismatch"
-    grpc_code = "FAILED_PRECONDITION"
-    retry_after_s = 1.0
 
 
 def channel_options() -> list[tuple[str, int]]:
@@ -92,9 +85,12 @@ def error_from_rpc(error: grpc.aio.AioRpcError, *, peer: str) -> PenstockError:
     if CODE_KEY in metadata:
         retry = metadata.get(RETRY_KEY, "")
         retry_after_s = int(retry) / 1e3 if retry.isdigit() else None
-        if metadata[CODE_KEY] == FingerprintMismatchError.code:
-            return FingerprintMismatchError(message, retry_after_s=retry_after_s)
-        return from_code(metadata[CODE_KEY], message, retry_after_s=retry_after_s)
+        return from_code(
+            metadata[CODE_KEY],
+            message,
+            param=metadata.get(PARAM_KEY),
+            retry_after_s=retry_after_s,
+        )
     match code:
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineError(f"{peer} did not finish in time")
@@ -116,6 +112,8 @@ async def abort_with(context: Any, error: PenstockError) -> None:
     metadata = [(CODE_KEY, error.code or "")]
     if error.retry_after_s is not None:
         metadata.append((RETRY_KEY, str(int(error.retry_after_s * 1e3))))
+    if error.param is not None:
+        metadata.append((PARAM_KEY, error.param))
     code = getattr(grpc.StatusCode, error.grpc_code)
     await context.abort(code, error.message[:_MAX_DETAIL_CHARS], trailing_metadata=tuple(metadata))
 

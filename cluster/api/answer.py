@@ -28,7 +28,7 @@ from cluster.api.render import (
     sse,
 )
 from cluster.contracts import Service
-from penstock.errors import DeadlineError, PenstockError
+from penstock.errors import DeadlineError, PenstockError, UnavailableError
 from penstock.request import Event, Finish, Progress, Request, TokenChunk
 from penstock.telemetry import RequestMeter
 
@@ -79,6 +79,13 @@ class AnswerResponse(Response):
             if not pump.done():
                 pump.cancel()
             await asyncio.wait({pump})
+        except asyncio.CancelledError:
+            # The server stops and its grace is over: the client hears why, not just silence.
+            pump.cancel()
+            await asyncio.gather(pump, return_exceptions=True)
+            stopping = UnavailableError("the server is stopping; send the request again")
+            await self._fail(stopping, wire, scope, receive)
+            raise
         finally:
             for task in (pump, *helpers):
                 task.cancel()

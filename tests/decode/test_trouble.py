@@ -18,6 +18,7 @@ from model.fake import FakeEngine, FakeSettings
 from penstock.errors import (
     ContextLengthError,
     DeadlineError,
+    FingerprintMismatchError,
     InvalidRequestError,
     OverloadedError,
     PenstockError,
@@ -25,7 +26,6 @@ from penstock.errors import (
     WorkerUnavailableError,
 )
 from penstock.request import StopRule
-from penstock.rpc import FingerprintMismatchError
 from protos.penstock.worker.v1 import worker_pb2
 from tests.decode.pair import (
     GREEDY,
