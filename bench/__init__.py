@@ -1,1 +1,1 @@
-
+"""Benchmarks. They measure through public doors only: HTTP, the command line, /proc."""

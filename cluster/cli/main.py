@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import ask, config, demo, doctor, logits, serve
+from cluster.cli import ask, bench, config, demo, doctor, logits, serve
 from penstock.errors import PenstockError, UsageError
 
 _DEBUG = "--debug"
@@ -32,6 +32,7 @@ def build() -> typer.Typer:
     app.callback(help="Serves DeepSeek-V4-class models with million-token context.")(_root)
     for group in (serve, demo, ask, logits, doctor):
         group.register(app)
+    bench.register(app)
     config.register(app)
     return app
 

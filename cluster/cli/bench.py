@@ -1,0 +1,128 @@
+"""`penstock bench serve|front`: the flags of the benchmarks."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.cli.options import ConfigFile, Launcher
+from cluster.cli.serve import text
+from penstock.errors import UsageError
+
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the report there.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    group = typer.Typer(
+        help="Measure through public doors.", no_args_is_help=True, rich_markup_mode=None
+    )
+    group.command("serve", help="Latency and throughput of the HTTP endpoint.")(serve)
+    group.command("front", help="Cost of a streamed token by what stands before the front.")(front)
+    app.add_typer(group, name="bench")
+
+
+def serve(
+    json_file: Json = None,
+    url: Annotated[
+        str | None, typer.Option(help="A running OpenAI-compatible server; else one is started.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="`fake` unless given; with --url the name to ask for.")
+    ] = None,
+    launcher: Launcher = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="PENSTOCK_API_KEY", help="Key of the server.")
+    ] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(min=1, max=1024, help="Repeatable; 1, 4 and 16.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="For each concurrency.")] = 8.0,
+    prompt_chars: Annotated[int, typer.Option(min=1, help="Length of a prompt.")] = 2_000,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 64,
+    cached_prompt_chars: Annotated[
+        int, typer.Option(min=1, help="Length of a prompt that is sent twice.")
+    ] = 16_000,
+    cached_pairs: Annotated[int, typer.Option(min=1, help="How many of those.")] = 5,
+    ignore_eos: Annotated[
+        bool,
+        typer.Option("--ignore-eos/--no-ignore-eos", help="Ask for answers of full length."),
+    ] = True,
+    fake_step_ms: Annotated[
+        float, typer.Option(min=0, help="Of `fake`: time of a decode step.")
+    ] = 10.0,
+    fake_prefill_tokens_per_s: Annotated[
+        float, typer.Option(min=0, help="Of `fake`: speed of prefill, 0 for as fast as it goes.")
+    ] = 20_000.0,
+    seed: Annotated[int | None, typer.Option(help="Of the prompts; fresh unless given.")] = None,
+    config: ConfigFile = None,
+) -> int:
+    if url is not None and (launcher is not None or config is not None):
+        raise UsageError("--url measures a running server; leave --launcher and --config out")
+    report = _room("report")
+    report.check_writable(json_file)
+    bench = _room("serve")
+    plan = bench.ServePlan(
+        concurrencies=tuple(concurrency or (1, 4, 16)),
+        seconds=seconds,
+        prompt_chars=prompt_chars,
+        max_tokens=max_tokens,
+        cached_prompt_chars=cached_prompt_chars,
+        cached_pairs=cached_pairs,
+        ignore_eos=ignore_eos,
+        seed=seed,
+    )
+    resolved = None
+    if url is None:
+        resolved = _config(
+            model or "fake", launcher, config, fake_step_ms, fake_prefill_tokens_per_s
+        )
+    result = bench.run(
+        plan,
+        config=resolved,
+        url=url,
+        model=(model or "") if resolved is None else resolved.served_name,
+        key=api_key,
+    )
+    report.publish(result, json_file)
+    return 0
+
+
+def front(
+    json_file: Json = None,
+    streams: Annotated[int, typer.Option(min=1, max=256, help="Side by side.")] = 16,
+    tokens: Annotated[int, typer.Option(min=8, help="Of each answer.")] = 200,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of each case.")] = 3,
+    step_ms: Annotated[float, typer.Option(min=0.1, help="Pace of the paced streams.")] = 10.0,
+) -> int:
+    report = _room("report")
+    report.check_writable(json_file)
+    result = _room("front").run(streams=streams, tokens=tokens, repeats=repeats, step_ms=step_ms)
+    report.publish(result, json_file)
+    return 0
+
+
+def _config(
+    model: str, launcher: Any, file: Path | None, step_ms: float, prefill_tokens_per_s: float
+) -> Any:
+    from cluster.config import resolve
+    from cluster.launchers.common import free_port
+
+    flags: dict[str, Any] = {
+        "model.model": model,
+        "launcher.kind": text(launcher),
+        "front.port": free_port(),
+    }
+    if model == "fake":
+        flags["model.fake_decode_step_ms"] = step_ms
+        flags["model.fake_prefill_tokens_per_s"] = prefill_tokens_per_s
+    return resolve(flags, file=file).config
+
+
+def _room(name: str) -> Any:
+    """By name: benchmarks stand above the cluster, which must not import them (import-linter)."""
+    return importlib.import_module(f"bench.{name}")
