@@ -35,6 +35,9 @@ check: setup
 bench: setup
 	mkdir -p results
 	$(BIN)/penstock bench serve --json results/bench-serve.json
+	$(BIN)/penstock bench front --json results/bench-front.json
+	$(BIN)/penstock bench store --json results/bench-store.json
+	$(BIN)/penstock bench engine --json results/bench-engine.json
 
 proto: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. \

@@ -1,4 +1,4 @@
-"""`penstock bench serve|front`: the flags of the benchmarks."""
+"""`penstock bench serve|front|store|engine`: the flags of the benchmarks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.cli.options import ConfigFile, Launcher
+from cluster.cli.options import ConfigFile, DeviceOption, Launcher
 from cluster.cli.serve import text
 from penstock.errors import UsageError
 
@@ -23,6 +23,8 @@ def register(app: typer.Typer) -> None:
     )
     group.command("serve", help="Latency and throughput of the HTTP endpoint.")(serve)
     group.command("front", help="Cost of a streamed token by what stands before the front.")(front)
+    group.command("store", help="Bytes and lookups through the store, beside plain TCP.")(store)
+    group.command("engine", help="Speed of a model, beside a plain matmul.")(engine)
     app.add_typer(group, name="bench")
 
 
@@ -102,6 +104,53 @@ def front(
     report = _room("report")
     report.check_writable(json_file)
     result = _room("front").run(streams=streams, tokens=tokens, repeats=repeats, step_ms=step_ms)
+    report.publish(result, json_file)
+    return 0
+
+
+def store(
+    json_file: Json = None,
+    block_kib: Annotated[int, typer.Option(min=1, max=65_536, help="Of a block.")] = 1024,
+    blocks: Annotated[int, typer.Option(min=1, max=4096, help="In a round.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, max=50, help="Rounds that count.")] = 5,
+) -> int:
+    report = _room("report")
+    report.check_writable(json_file)
+    result = _room("store").run(block_kib=block_kib, blocks=blocks, repeats=repeats)
+    report.publish(result, json_file)
+    return 0
+
+
+def engine(
+    json_file: Json = None,
+    model: Annotated[str, typer.Option(help="A model folder, `ledger` or `fake`.")] = "ledger",
+    length: Annotated[
+        list[int] | None, typer.Option(min=16, help="Prompt tokens; repeatable; 8192 and 32768.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Requests of each length.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 1,
+    device: DeviceOption = None,
+    config: ConfigFile = None,
+) -> int:
+    from cluster.config import resolve
+    from cluster.launchers.common import free_port
+
+    report = _room("report")
+    report.check_writable(json_file)
+    flags = {
+        "model.model": model,
+        "model.device": text(device),
+        "launcher.kind": "local",
+        "front.port": free_port(),
+    }
+    result = _room("engine").run(
+        resolve(flags, file=config).config,
+        lengths=tuple(length or (8192, 32_768)),
+        tokens=tokens,
+        repeats=repeats,
+        seed=seed,
+    )
     report.publish(result, json_file)
     return 0
 

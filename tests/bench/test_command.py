@@ -1,4 +1,4 @@
-"""`penstock bench` as a user runs it: one short real run, and what it refuses."""
+"""`penstock bench` as a user runs it: short real runs, and what it refuses."""
 
 from __future__ import annotations
 
@@ -64,3 +64,16 @@ def test_benchmarks_import_no_torch() -> None:
         "import sys, bench.serve, bench.front, bench.front_case; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_small_run_of_the_store_against_its_own_node(tmp_path: Path) -> None:
+    path = tmp_path / "store.json"
+    flags = "--block-kib 16 --blocks 4 --repeats 2"
+    assert main(["bench", "store", "--json", str(path), *flags.split()]) == 0
+    data = json.loads(path.read_text())
+    rows = data["tables"]["bytes"]
+    assert [row["direction"] for row in rows] == ["put", "get"]
+    for row in rows:
+        assert row["n"] == 2 and 0 < row["low"] <= row["store_gb_s"] <= row["high"]
+        assert row["share_of_tcp"] == pytest.approx(row["store_gb_s"] / row["tcp_gb_s"])
+    assert data["tables"]["lookups"][0]["median_ms"] > 0

@@ -10,10 +10,13 @@ import pytest
 from rich.console import Console
 
 from bench.client import Answer
+from bench.engine import speed_row
 from bench.front import cases, way_row
 from bench.front_case import Sample
 from bench.report import Report, cell, check_writable, publish, table
 from bench.serve import load_row
+from bench.store import layout as store_layout
+from bench.store import rate_rows
 from penstock.errors import UsageError
 
 ROWS = [{"way": "a", "n": 3, "cost_ms": 1.2345}, {"way": "b", "n": 3, "cost_ms": None}]
@@ -108,3 +111,22 @@ def test_each_load_goes_every_way() -> None:
     assert len(plan) == 4 and len({load for load, _ in plan}) == 2
     assert {case.launcher for _, case in plan} == {"local", "ray"}
     assert {case.decode_step_ms for _, case in plan} == {0.0, 5.0}
+
+
+def test_store_rates_and_their_share_of_plain_tcp() -> None:
+    rounds = {"put": [1.0, 2.0, 4.0], "tcp put": [0.5] * 3, "get": [1.0] * 3, "tcp get": [1.0] * 3}
+    put, get = rate_rows(rounds, 1_000_000_000)
+    assert (put["store_gb_s"], put["low"], put["high"]) == (0.5, 0.25, 1.0)
+    assert put["share_of_tcp"] == pytest.approx(0.25) and get["share_of_tcp"] == 1.0
+
+
+def test_a_benchmarks_block_has_about_the_size_asked_for() -> None:
+    assert store_layout(1 << 20).block_bytes == 1 << 20
+    assert store_layout(1).block_bytes > 0
+
+
+def test_model_speed_counts_only_computed_prompt_tokens() -> None:
+    answer = Answer(0.0, [2.0, 2.5], 3.0, prompt_tokens=100, cached_tokens=20, completion_tokens=11)
+    row = speed_row([answer])
+    assert row["prefill_tokens_per_s"] == pytest.approx(40.0)
+    assert row["decode_ms_per_token_p50"] == pytest.approx(100.0)
