@@ -15,7 +15,7 @@ import httpx
 from bench.client import Answer, Client
 from bench.prompts import prompt
 from bench.report import Report, Row
-from bench.stats import finite, median, ratio, spread
+from bench.stats import finite, low_median_high, median, ratio, spread
 from cluster.config import ClusterConfig
 from penstock.errors import PenstockError
 
@@ -97,11 +97,14 @@ def speed_row(answers: Sequence[Answer]) -> Row:
     """Prefill from the wait for the first token, decode from all that follow it. Pure."""
     computed = [a.prompt_tokens - a.cached_tokens for a in answers]
     rest = [(a.ended_s - a.event_times_s[0]) / max(1, a.completion_tokens - 1) for a in answers]
+    low_s, ttft_s, high_s = low_median_high(a.ttft_s for a in answers)
     return {
         "prompt_tokens": int(median([a.prompt_tokens for a in answers])),
         "n": len(answers),
         "cached_tokens": int(median([a.cached_tokens for a in answers])),
-        "ttft_s": finite(median([a.ttft_s for a in answers])),
+        "ttft_s": finite(ttft_s),
+        "ttft_s_low": finite(low_s),
+        "ttft_s_high": finite(high_s),
         "prefill_tokens_per_s": finite(
             median([c / a.ttft_s for c, a in zip(computed, answers, strict=True)])
         ),
