@@ -76,6 +76,7 @@ def _draw_row(
     full: float,
     unanswerable: float,
     repeats: float,
+    near: float,
     taken: set[str],
 ) -> _Row | None:
     def trainable(name: str) -> bool:
@@ -85,8 +86,10 @@ def _draw_row(
     absent_count = sum(rng.random() < unanswerable for _ in range(shape.questions))
     absent: list[str] = []
     while len(absent) < absent_count:
-        near = rng.random() < 0.6
-        name = documents.neighbour(rng, rng.choice(known)) if near else documents.make_name(rng)
+        if rng.random() < near:
+            name = documents.neighbour(rng, rng.choice(known))
+        else:
+            name = documents.make_name(rng)
         if trainable(name) and name not in taken and name not in known and name not in absent:
             absent.append(name)
     codes = {name: draw_code(rng, repeats) for name in known}
@@ -168,6 +171,7 @@ def draw(
     unanswerable: float,
     gapless: bool,
     repeats: float = 0.0,
+    near: float = 0.6,
 ) -> Task:
     """One batch; names are different in all its rows, so that rows can distract each other."""
     taken: set[str] = set()
@@ -175,7 +179,7 @@ def draw(
     for _ in range(50 * shape.rows):
         if len(rows) == shape.rows:
             break
-        row = _draw_row(rng, tok, shape, full, unanswerable, repeats, taken)
+        row = _draw_row(rng, tok, shape, full, unanswerable, repeats, near, taken)
         if row is not None:
             rows.append(row)
     if len(rows) < shape.rows:

@@ -107,6 +107,7 @@ class Stage(Frozen):
     digit_weight: float = Field(1.0, description="weight of digits 2-4 in the cross entropy")
     full_question: float = Field(0.3, description="share of questions with their full text")
     repeats: float = Field(0.0, description="share of codes made of two or three digits")
+    near: float = Field(0.6, description="share of absent names one syllable from a known one")
     gapless: float = Field(0.0, description="share of steps without position gaps")
     quantized: float = Field(0.0, description="share of steps with FP8 KV and FP4 index rounding")
 

@@ -135,6 +135,7 @@ def train(
                 rng, tok, shape, full=stage.full_question, unanswerable=cfg.unanswerable,
                 gapless=rng.random() < stage.gapless,
                 repeats=stage.repeats,
+                near=stage.near,
             )  # fmt: skip
             logits, evidence = network(
                 task.batch, distractors=bank.offer(), share_entries=True,

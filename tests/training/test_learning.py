@@ -83,7 +83,7 @@ def test_the_shipped_schedule_parses() -> None:
 
 
 def test_a_short_training_finds_the_evidence(tmp_path: pathlib.Path) -> None:
-    """Gold attention mass rises from about 0.02; exact match comes only later, so it is no gate."""
+    """Gold attention mass at least doubles from its untrained 0.02 to 0.03; exact match comes later."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     stage = Stage(
@@ -103,5 +103,5 @@ def test_a_short_training_finds_the_evidence(tmp_path: pathlib.Path) -> None:
     )
     masses = [line["gold_mass"] for line in curve]
     print("gold mass per 15 steps:", masses)
-    assert masses[-1] > masses[0] + 0.08
+    assert masses[-1] > 2 * masses[0] and masses[-1] > 0.06
     assert (tmp_path / "stage-smoke.pt").exists()
