@@ -4,6 +4,7 @@ is ready.
 
 from __future__ import annotations
 
+import random
 import socket
 import ssl
 import time
@@ -19,6 +20,8 @@ from penstock.worker import WorkerSpec
 
 _STORE_START_TIMEOUT_S = 30.0
 _READY_POLL_S = 0.1
+# Below Linux's ephemeral ports (32768 and up) and clear of Ray's and Redis's defaults.
+_PORTS = range(20_000, 30_000)
 
 
 def http_url(config: ClusterConfig) -> str:
@@ -42,10 +45,19 @@ def require_free_port(host: str, port: int) -> None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on now, below the range from which the system draws its own.
+
+    A port of that range may be taken by any outgoing connection before the cluster, which needs
+    seconds to start, comes to bind it.
+    """
+    for port in random.SystemRandom().sample(_PORTS, 100):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+            return port
+    raise UnavailableError(f"found no free port of {host} among {_PORTS.start} to {_PORTS.stop}")
 
 
 def start_store(config: ClusterConfig) -> tuple[ChildProcess | None, str]:
