@@ -126,16 +126,21 @@ class RayLauncher:
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         # Serve's own log goes to files in the Ray directory; its chatter is not the user's.
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        serve.start(
-            http_options=HTTPOptions(
-                host=config.front.host,
-                port=config.front.port,
-                ssl_certfile=config.front.tls_cert,
-                ssl_keyfile=config.front.tls_key,
-            ),
-            proxy_location="HeadOnly",
-            logging_config=quiet,
-        )
+        try:
+            serve.start(
+                http_options=HTTPOptions(
+                    host=config.front.host,
+                    port=config.front.port,
+                    ssl_certfile=config.front.tls_cert,
+                    ssl_keyfile=config.front.tls_key,
+                ),
+                proxy_location="HeadOnly",
+                logging_config=quiet,
+            )
+        except RuntimeError as error:
+            # Serve's report of its proxy is a traceback; its last line says what went wrong.
+            cause = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
+            raise UnavailableError(f"Ray Serve could not start its proxy: {cause}") from error
         gpus = 1 if config.model.device == "cuda" else 0
         router: Any = RequestRouterConfig(request_router_class=cast(Any, TargetedRouter))
         # Serve's decorator with a class as its first argument; its stubs know only the other form.
