@@ -8,6 +8,9 @@ Shape letters: B rows of a batch, S tokens, N = B*S, D hidden, M streams, H head
 W window, E compressed entries, R asked rows, I index dim.
 Two things exist for training only: positions may jump (PoSE), and entries of other rows and of
 earlier steps can be offered as distractors.
+
+Longer than our files should be: it is the second, independent reading of the report beside `model/`,
+and is compared with it and with transformers as one piece.
 """
 
 from __future__ import annotations
