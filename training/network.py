@@ -9,8 +9,8 @@ W window, E compressed entries, R asked rows, I index dim.
 Two things exist for training only: positions may jump (PoSE), and entries of other rows and of
 earlier steps can be offered as distractors.
 
-Longer than our files should be: it is the second, independent reading of the report beside `model/`,
-and is compared with it and with transformers as one piece.
+Longer than our files should be: it is a second, independent reading of the report beside `model/`
+and is compared as one piece with it and with transformers.
 """
 
 from __future__ import annotations
