@@ -13,7 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference.lanes import ROW_MULTIPLE
+from kernels.reference.indexer import KEY_TILE as INDEX_TILE
+from kernels.reference.lanes import ROW_MULTIPLE, round_up
+from model.cache import ENTRY_TILE
+from model.config import ModelConfig
+from model.rows import QUERY_TILE
 from penstock.errors import ModelLoadError
 
 _ROW_COUNTS = (16, 32, 48, 64, 80, 128, 144, 256)
@@ -74,3 +78,37 @@ def _rows_alike(
             if not torch.equal(part, whole[first : first + count]):
                 return False
     return True
+
+
+def check_machine(
+    config: ModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> int | None:
+    """Row tile for linears; raises if this machine cannot be exact (model.exact)."""
+    shapes: dict[torch.dtype, set[tuple[int, int]]] = {torch.float32: set(), dtype: set()}
+    for name, tensor in tensors.items():
+        if tensor.dim() != 2 or not tensor.is_floating_point() or name == "embed.weight":
+            continue
+        rows, inputs = tensor.shape
+        fp32 = "hc_" in name or "compressor" in name or "gate.weight" in name or name[:4] == "head"
+        kind = torch.float32 if fp32 else dtype
+        if name.endswith(("wkv.weight", ".w1.weight")) and "attn.wkv" not in name:
+            rows *= 2
+        if "wo_a" in name:
+            rows //= config.o_groups
+        shapes[kind].add((inputs, rows))
+    if config.last_csa_layer is not None:
+        shapes[torch.float32] |= {(config.index_dim, INDEX_TILE), (config.index_dim,) * 2}
+    heads = config.heads * QUERY_TILE
+    keys = round_up(config.window + QUERY_TILE, ROW_MULTIPLE)
+    batches = [(heads, config.head_dim, keys), (heads, keys, config.head_dim)]
+    batches.append((config.streams, config.streams, config.hidden))
+    for rows in (ROW_MULTIPLE, 4 * ROW_MULTIPLE):
+        batches.append((rows, config.head_dim, ENTRY_TILE))
+        batches.append((rows, ENTRY_TILE, config.head_dim))
+    if config.last_csa_layer is not None:
+        few = round_up(config.heads, ROW_MULTIPLE)
+        slots = round_up(config.index_topk, ROW_MULTIPLE)
+        batches += [(few, config.head_dim, slots), (few, slots, config.head_dim)]
+    check_batches(batches)
+    tiles = [row_tile_for(wanted, kind) for kind, wanted in shapes.items()]
+    return next((tile for tile in tiles if tile is not None), None)

@@ -21,7 +21,7 @@ def open_engine(spec: ModelSpec) -> Engine:
         return FakeEngine(settings)
     import torch
 
-    from model.torch_engine import load_engine
+    from model.load import load_engine
 
     torch.set_num_threads(spec.torch_threads)
     return load_engine(

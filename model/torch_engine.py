@@ -10,87 +10,24 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kernels import ops as kernel_ops
-from kernels.reference.indexer import KEY_TILE as INDEX_TILE
-from kernels.reference.lanes import ROW_MULTIPLE, round_up
-from model.cache import ENTRY_TILE, SequenceCache, cache_bytes
+from model.cache import SequenceCache, cache_bytes
 from model.codec import RowCodec
 from model.config import CSA_RATIO, ModelConfig
 from model.engine import Buffer, EngineInfo, Evidence, Segment, SegmentResult, Sequence
-from model.exact import check_batches, row_tile_for
-from model.layout import LAYOUT_VERSION, KvFormat, cache_layout
+from model.exact import check_machine
+from model.layout import cache_layout
 from model.network import Chunk, Network
-from model.rows import QUERY_TILE, Span
-from model.weights import load_weights
+from model.options import DTYPES, EngineOptions, fingerprint_facts
+from model.rows import Span
 from penstock.blocks import BLOCK_TOKENS
-from penstock.errors import ModelLoadError
 from penstock.identity import fingerprint
 
 PASS_ROWS = 1024
-_NUMERICS = ("exact", "fast")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def load_engine(
-    folder: Path | str,
-    *,
-    kv_cache_dtype: str = "fp8",
-    dtype: str = "auto",
-    numerics: str = "exact",
-    device: str = "cpu",
-    max_model_len: int | None = None,
-) -> TorchEngine:
-    """Load an official model folder. Raises `ModelLoadError` with one sentence.
-
-    Class `exact` sets torch to one thread: a product split over threads may round differently.
-    """
-    kv = _choice("kv_cache_dtype", kv_cache_dtype, [k.value for k in KvFormat])
-    chosen = _choice("dtype", dtype, ["auto", *_DTYPES])
-    numerics = _choice("numerics", numerics, list(_NUMERICS))
-    if device != "cpu":
-        raise ModelLoadError(f"device {device!r} is not supported yet; use 'cpu'")
-    try:
-        ops = kernel_ops.load()
-    except kernel_ops.BackendError as error:
-        raise ModelLoadError(str(error)) from None
-    config = ModelConfig.load(folder)
-    limit = config.max_positions if max_model_len is None else max_model_len
-    if not 0 < limit <= config.max_positions:
-        raise ModelLoadError(
-            f"max_model_len {limit} is outside 1..{config.max_positions}, "
-            "the model's max_position_embeddings"
-        )
-    options = EngineOptions(
-        kv=KvFormat(kv),
-        dtype="float32" if chosen == "auto" else chosen,
-        numerics=numerics,
-        max_model_len=limit,
-    )
-    weights = load_weights(folder, config)
-    if numerics == "exact":
-        torch.set_num_threads(1)
-    return TorchEngine(
-        config, weights.tensors, weights_digest=weights.digest, options=options, ops=ops
-    )
-
-
-def _choice(name: str, value: str, allowed: list[str]) -> str:
-    if value not in allowed:
-        raise ModelLoadError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
-    return value
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    kv: KvFormat
-    dtype: str
-    numerics: str
-    max_model_len: int
 
 
 class TorchLogits:
@@ -123,21 +60,23 @@ class TorchEngine:
         self._layout = cache_layout(config, options.kv)
         row_tile = None
         if options.numerics == "exact":
-            row_tile = _check_machine(config, tensors, _DTYPES[options.dtype])
+            row_tile = check_machine(config, tensors, DTYPES[options.dtype])
         with torch.inference_mode():
             self._network = Network(
                 config,
                 tensors,
                 ops=ops,
                 codec=self._codec,
-                dtype=_DTYPES[options.dtype],
+                dtype=DTYPES[options.dtype],
                 row_tile=row_tile,
             )
         self._owner = object()
         self._open: dict[int, SequenceCache] = {}
         self._info = EngineInfo(
             fingerprint=fingerprint(
-                _facts(config, options, weights_digest, self._layout.to_json(), ops.name, row_tile)
+                fingerprint_facts(
+                    config, options, weights_digest, self._layout.to_json(), ops.name, row_tile
+                )
             ),
             layout=self._layout,
             vocab_size=config.vocab_size,
@@ -319,70 +258,3 @@ def _next_pass(pending: list[_Work]) -> list[Chunk]:
         chunks.append(Chunk(Span(item.cache, row, len(tokens), item.cache.position), tokens))
         row += len(tokens)
     return chunks
-
-
-def _check_machine(
-    config: ModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype
-) -> int | None:
-    """Row tile for linears; raises if this machine cannot be exact (model.exact)."""
-    shapes: dict[torch.dtype, set[tuple[int, int]]] = {torch.float32: set(), dtype: set()}
-    for name, tensor in tensors.items():
-        if tensor.dim() != 2 or not tensor.is_floating_point() or name == "embed.weight":
-            continue
-        rows, inputs = tensor.shape
-        fp32 = "hc_" in name or "compressor" in name or "gate.weight" in name or name[:4] == "head"
-        kind = torch.float32 if fp32 else dtype
-        if name.endswith(("wkv.weight", ".w1.weight")) and "attn.wkv" not in name:
-            rows *= 2
-        if "wo_a" in name:
-            rows //= config.o_groups
-        shapes[kind].add((inputs, rows))
-    if config.last_csa_layer is not None:
-        shapes[torch.float32] |= {(config.index_dim, INDEX_TILE), (config.index_dim,) * 2}
-    heads = config.heads * QUERY_TILE
-    keys = round_up(config.window + QUERY_TILE, ROW_MULTIPLE)
-    batches = [(heads, config.head_dim, keys), (heads, keys, config.head_dim)]
-    batches.append((config.streams, config.streams, config.hidden))
-    for rows in (ROW_MULTIPLE, 4 * ROW_MULTIPLE):
-        batches.append((rows, config.head_dim, ENTRY_TILE))
-        batches.append((rows, ENTRY_TILE, config.head_dim))
-    if config.last_csa_layer is not None:
-        few = round_up(config.heads, ROW_MULTIPLE)
-        slots = round_up(config.index_topk, ROW_MULTIPLE)
-        batches += [(few, config.head_dim, slots), (few, slots, config.head_dim)]
-    check_batches(batches)
-    tiles = [row_tile_for(wanted, kind) for kind, wanted in shapes.items()]
-    return next((tile for tile in tiles if tile is not None), None)
-
-
-def _facts(
-    config: ModelConfig,
-    options: EngineOptions,
-    weights_digest: str,
-    layout: str,
-    kernel_set: str,
-    row_tile: int | None,
-) -> dict[str, object]:
-    """All that changes the stored numbers (architecture.md). Class `fast` leaves the platform
-    out.
-    """
-    facts: dict[str, object] = {
-        "weights": weights_digest,
-        "config": config.facts(),
-        "kv": options.kv.value,
-        "dtype": options.dtype,
-        "numerics": options.numerics,
-        "layout": layout,
-        "layout_version": LAYOUT_VERSION,
-        "block_tokens": BLOCK_TOKENS,
-    }
-    if options.numerics == "exact":
-        facts["parallel"] = {"tp": 1, "ep": 1, "cp": 1}
-        facts["platform"] = {
-            "device": "cpu",
-            "isa": torch.backends.cpu.get_cpu_capability(),
-            "torch": torch.__version__,
-            "kernels": kernel_set,
-            "row_tile": row_tile or 0,
-        }
-    return facts

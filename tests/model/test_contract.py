@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from model.fake import FakeEngine
-from model.torch_engine import TorchEngine, load_engine
+from model.load import load_engine
+from model.torch_engine import TorchEngine
 from tests.model import engine_contract, oracle
 
 

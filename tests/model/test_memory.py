@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.cache import SequenceCache, cache_bytes
 from model.config import ModelConfig
 from model.engine import Segment
-from model.torch_engine import load_engine
+from model.load import load_engine
 from tests.model import oracle
 
 Models = Callable[[str], oracle.OracleModel]

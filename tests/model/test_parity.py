@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from model.engine import Segment
-from model.torch_engine import TorchEngine, load_engine
+from model.load import load_engine
+from model.torch_engine import TorchEngine
 from penstock.blocks import BLOCK_TOKENS
 from tests.model import oracle
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from model.engine import Segment
-from model.torch_engine import TorchEngine, load_engine
+from model.load import load_engine
+from model.torch_engine import TorchEngine
 from tests.model import oracle
 from tests.model.engine_contract import absorb, snapshot
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 import penstock
 from model.engine import Segment
-from model.torch_engine import load_engine
+from model.load import load_engine
 
 FOLDER = Path(penstock.__file__).parent / "shipped" / "ledger"
 pytestmark = pytest.mark.skipif(

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from kernels.reference import moe, rope
 from model.engine import Segment
-from model.torch_engine import TorchEngine, load_engine
+from model.load import load_engine
+from model.torch_engine import TorchEngine
 from tests.model import oracle
 from tests.model.engine_contract import absorb, logits_of, snapshot
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.config import ModelConfig
-from model.torch_engine import load_engine
+from model.load import load_engine
 from model.weights import expected_tensors, load_weights
 from penstock.errors import ModelLoadError
 from tests.model import oracle

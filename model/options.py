@@ -1,0 +1,55 @@
+"""How a model is opened, and which of that changes the stored numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from model.config import ModelConfig
+from model.layout import LAYOUT_VERSION, KvFormat
+from penstock.blocks import BLOCK_TOKENS
+
+NUMERICS = ("exact", "fast")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    kv: KvFormat
+    dtype: str
+    numerics: str
+    max_model_len: int
+
+
+def fingerprint_facts(
+    config: ModelConfig,
+    options: EngineOptions,
+    weights_digest: str,
+    layout: str,
+    kernel_set: str,
+    row_tile: int | None,
+) -> dict[str, object]:
+    """All that changes the stored numbers (architecture.md). Class `fast` leaves the platform
+    out.
+    """
+    facts: dict[str, object] = {
+        "weights": weights_digest,
+        "config": config.facts(),
+        "kv": options.kv.value,
+        "dtype": options.dtype,
+        "numerics": options.numerics,
+        "layout": layout,
+        "layout_version": LAYOUT_VERSION,
+        "block_tokens": BLOCK_TOKENS,
+    }
+    if options.numerics == "exact":
+        facts["parallel"] = {"tp": 1, "ep": 1, "cp": 1}
+        facts["platform"] = {
+            "device": "cpu",
+            "isa": torch.backends.cpu.get_cpu_capability(),
+            "torch": torch.__version__,
+            "kernels": kernel_set,
+            "row_tile": row_tile or 0,
+        }
+    return facts
