@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,19 @@ _REQUIRED = (
     "compress_ratios",
     "max_position_embeddings",
 )
+_QUANTISATION = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+    "activation_scheme": "dynamic",
+}
+_DSPARK = (
+    "dspark_block_size",
+    "dspark_noise_token_id",
+    "dspark_target_layer_ids",
+    "dspark_markov_rank",
+)
 _FIXED = {
     "n_shared_experts": 1,
     "num_key_value_heads": 1,
@@ -63,6 +77,26 @@ class Yarn:
     original: float
     beta_fast: float
     beta_slow: float
+
+
+class DraftKind(StrEnum):
+    MTP = "mtp"
+    DSPARK = "dspark"
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """The draft module under `mtp.*` (1.6, 1.7). `dspark_*` keys decide which it is (T21)."""
+
+    kind: DraftKind
+    stages: int
+    """Blocks `mtp.0` .. `mtp.{stages - 1}`."""
+    block_size: int = 0
+    """DSpark: positions drafted at once."""
+    noise_token: int = 0
+    target_layers: tuple[int, ...] = ()
+    """DSpark: backbone layers whose hidden states feed `main_proj`, in that order."""
+    markov_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,6 +132,7 @@ class ModelConfig:
     ratios: tuple[int, ...]
     max_positions: int
     eos_token_ids: frozenset[int]
+    draft: DraftConfig | None = None
 
     @property
     def nope_dim(self) -> int:
@@ -120,8 +155,8 @@ class ModelConfig:
     def facts(self) -> dict[str, Any]:
         """Plain values for the fingerprint."""
         facts = asdict(self)
-        # Neither the admitted length nor the end tokens change a stored number.
-        del facts["eos_token_ids"], facts["max_positions"]
+        # Neither the admitted length nor end tokens nor drafts change a stored number.
+        del facts["eos_token_ids"], facts["max_positions"], facts["draft"]
         return facts
 
     @classmethod
@@ -146,6 +181,7 @@ class ModelConfig:
                 raise ModelLoadError(
                     f"config.json has {key} = {raw[key]!r}; this engine supports only {value!r}"
                 )
+        _check_quantisation(raw.get("quantization_config"))
         config = cls(
             vocab_size=_integer(raw, "vocab_size"),
             hidden=_integer(raw, "hidden_size"),
@@ -176,6 +212,7 @@ class ModelConfig:
             ratios=_ratios(raw),
             max_positions=_integer(raw, "max_position_embeddings"),
             eos_token_ids=_eos(raw.get("eos_token_id")),
+            draft=_draft(raw),
         )
         config._check()
         return config
@@ -215,6 +252,56 @@ def _check_architecture(raw: dict[str, Any]) -> None:
             f"unsupported architecture {named!r} with model_type {kind!r}; "
             f"this engine serves {_ARCHITECTURE} (deepseek_v4)"
         )
+
+
+def _check_quantisation(given: Any) -> None:
+    """Formats are found in the tensors; this only refuses a scheme that we would misread (5.1)."""
+    if given is None:
+        return
+    if not isinstance(given, dict):
+        raise ModelLoadError(f"config.json has quantization_config {given!r}; it must be an object")
+    for key, value in _QUANTISATION.items():
+        if given.get(key, value) != value:
+            raise ModelLoadError(
+                f"config.json has quantization_config.{key} = {given[key]!r}; this engine reads "
+                f"only {value!r}"
+            )
+
+
+def _draft(raw: dict[str, Any]) -> DraftConfig | None:
+    """0731 and 0813 keep num_nextn_predict_layers 1 although `mtp.*` is DSpark (T21)."""
+    given = [key for key in _DSPARK if raw.get(key) is not None]
+    layers = raw["num_hidden_layers"]
+    if not given:
+        stages = _integer(
+            {"num_nextn_predict_layers": 0} | raw, "num_nextn_predict_layers", least=0
+        )
+        return DraftConfig(DraftKind.MTP, stages) if stages else None
+    if lacking := [key for key in _DSPARK if key not in given]:
+        raise ModelLoadError(f"config.json has {given[0]} but lacks {', '.join(lacking)}")
+    targets = raw["dspark_target_layer_ids"]
+    known = isinstance(targets, list) and all(isinstance(i, int) for i in targets)
+    if not known or not targets or not all(0 <= i < layers for i in targets):
+        raise ModelLoadError(
+            f"config.json has dspark_target_layer_ids {targets!r}; it must list layers of "
+            f"0..{layers - 1}"
+        )
+    noise = _integer(raw, "dspark_noise_token_id", least=0)
+    if noise >= raw["vocab_size"]:
+        raise ModelLoadError(
+            f"config.json has dspark_noise_token_id {noise} outside the vocab_size "
+            f"{raw['vocab_size']}"
+        )
+    # config.json does not name the number of stages; each has an entry after the backbone's.
+    stages = raw.get("n_mtp_layers", len(raw["compress_ratios"]) - layers)
+    return DraftConfig(
+        DraftKind.DSPARK,
+        _integer({"n_mtp_layers": stages}, "n_mtp_layers"),
+        block_size=_integer(raw, "dspark_block_size"),
+        noise_token=noise,
+        target_layers=tuple(targets),
+        markov_rank=_integer(raw, "dspark_markov_rank"),
+    )
 
 
 def _integer(raw: dict[str, Any], key: str, *, least: int = 1) -> int:

@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.config import CSA_RATIO, ModelConfig
+from model.config import ModelConfig
+from model.tensors import Expected, Kind, expected_tensors
 from penstock.errors import ModelLoadError
 
 _FLOATS = {"BF16": torch.bfloat16, "F32": torch.float32}
@@ -26,79 +27,11 @@ _INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What the config says a tensor must be."""
-
-    shape: tuple[int, ...]
-    integer: bool = False
-
-
-@dataclass(frozen=True)
 class Weights:
     """Tensors as stored, by official name, and a digest of all names, shapes, types and bytes."""
 
     tensors: dict[str, Tensor]
     digest: str
-
-
-def expected_tensors(config: ModelConfig) -> dict[str, Expected]:
-    """The backbone's tensor table (deepseek-v4.md 6); `mtp.*` is not part of it."""
-    c = config
-    mixes = c.streams * (c.streams + 2)
-    table = {
-        "embed.weight": Expected((c.vocab_size, c.hidden)),
-        "head.weight": Expected((c.vocab_size, c.hidden)),
-        "norm.weight": Expected((c.hidden,)),
-        "hc_head_fn": Expected((c.streams, c.streams * c.hidden)),
-        "hc_head_base": Expected((c.streams,)),
-        "hc_head_scale": Expected((1,)),
-    }
-    for layer, ratio in enumerate(c.ratios):
-        own: dict[str, Expected] = {
-            "attn_norm.weight": Expected((c.hidden,)),
-            "ffn_norm.weight": Expected((c.hidden,)),
-            "attn.wq_a.weight": Expected((c.q_rank, c.hidden)),
-            "attn.q_norm.weight": Expected((c.q_rank,)),
-            "attn.wq_b.weight": Expected((c.heads * c.head_dim, c.q_rank)),
-            "attn.wkv.weight": Expected((c.head_dim, c.hidden)),
-            "attn.kv_norm.weight": Expected((c.head_dim,)),
-            "attn.wo_a.weight": Expected(
-                (c.o_groups * c.o_rank, c.heads // c.o_groups * c.head_dim)
-            ),
-            "attn.wo_b.weight": Expected((c.hidden, c.o_groups * c.o_rank)),
-            "attn.attn_sink": Expected((c.heads,)),
-            "ffn.gate.weight": Expected((c.experts, c.hidden)),
-        }
-        for part in ("attn", "ffn"):
-            own[f"hc_{part}_fn"] = Expected((mixes, c.streams * c.hidden))
-            own[f"hc_{part}_base"] = Expected((mixes,))
-            own[f"hc_{part}_scale"] = Expected((3,))
-        if ratio:
-            own |= _compressor("attn.compressor.", c.hidden, ratio, c.head_dim)
-        if ratio == CSA_RATIO:
-            own |= _compressor("attn.indexer.compressor.", c.hidden, ratio, c.index_dim)
-            own["attn.indexer.wq_b.weight"] = Expected((c.index_heads * c.index_dim, c.q_rank))
-            own["attn.indexer.weights_proj.weight"] = Expected((c.index_heads, c.hidden))
-        if layer < c.hash_layers:
-            own["ffn.gate.tid2eid"] = Expected((c.vocab_size, c.active_experts), integer=True)
-        else:
-            own["ffn.gate.bias"] = Expected((c.experts,))
-        for expert in (*(f"experts.{e}" for e in range(c.experts)), "shared_experts"):
-            own[f"ffn.{expert}.w1.weight"] = Expected((c.expert_width, c.hidden))
-            own[f"ffn.{expert}.w3.weight"] = Expected((c.expert_width, c.hidden))
-            own[f"ffn.{expert}.w2.weight"] = Expected((c.hidden, c.expert_width))
-        table |= {f"layers.{layer}.{name}": value for name, value in own.items()}
-    return table
-
-
-def _compressor(prefix: str, hidden: int, ratio: int, dim: int) -> dict[str, Expected]:
-    wide = dim * (2 if ratio == CSA_RATIO else 1)
-    return {
-        prefix + "ape": Expected((ratio, wide)),
-        prefix + "wkv.weight": Expected((wide, hidden)),
-        prefix + "wgate.weight": Expected((wide, hidden)),
-        prefix + "norm.weight": Expected((dim,)),
-    }
 
 
 def load_weights(folder: Path | str, config: ModelConfig) -> Weights:
@@ -182,8 +115,9 @@ def _read(path: Path, name: str, expected: Expected, problems: list[str]) -> dic
                 return {}
             view = file.get_slice(name)
             kind, shape = view.get_dtype(), tuple(view.get_shape())
-            allowed = _INTEGERS if expected.integer else _FLOATS
-            if kind in _QUANTISED and not expected.integer:
+            integer = expected.kind is Kind.INT64
+            allowed = _INTEGERS if integer else _FLOATS
+            if kind in _QUANTISED and not integer:
                 problems.append(f"{name} is {kind} (FP8 and FP4 weights are not supported yet)")
             elif kind not in allowed:
                 problems.append(f"{name} is {kind}, not {' or '.join(allowed)}")
