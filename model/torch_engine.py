@@ -70,6 +70,7 @@ class TorchEngine:
                 dtype=DTYPES[options.dtype],
                 row_tile=row_tile,
             )
+        self._threads = torch.get_num_threads() if options.numerics == "exact" else None
         self._owner = object()
         self._open: dict[int, SequenceCache] = {}
         self._info = EngineInfo(
@@ -140,6 +141,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def forward(self, segments: Seq[Segment]) -> list[SegmentResult]:
+        self._pin_threads()
         work = [self._checked(segment) for segment in segments]
         if len({id(item.cache) for item in work}) != len(work):
             raise ValueError("a sequence appears in two segments of one forward")
@@ -180,6 +182,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def logits(self, sequences: Seq[Sequence]) -> TorchLogits:
+        self._pin_threads()
         mine = [self._live(sequence) for sequence in sequences]
         if any(sequence.position < 1 for sequence in mine):
             raise ValueError("an empty sequence has no next-token logits")
@@ -199,6 +202,13 @@ class TorchEngine:
         for sequence in self._open.values():
             sequence.release()
         self._open.clear()
+
+    def _pin_threads(self) -> None:
+        """torch counts threads per calling thread: one that used torch before, or a second engine
+        opened in it, would split products in a way that the start-up check has not seen.
+        """
+        if self._threads is not None and torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
 
     def _mine(self, sequence: Sequence) -> SequenceCache:
         if isinstance(sequence, SequenceCache) and sequence.owner is self._owner:

@@ -81,8 +81,17 @@ def chunking_changes_nothing(make: Factory) -> None:
     engine = make()
     tokens = tokens_for(engine, LENGTH)
     whole = snapshot(engine, absorb(engine, tokens, chunk=LENGTH))
-    for chunk in (1, 3, 128, 391):
+    for chunk in (128, 391):
         assert snapshot(engine, absorb(engine, tokens, chunk=chunk)) == whole, chunk
+    # Small steps where windows, entries and blocks begin and end; the rest in large ones.
+    for small in (1, 3):
+        sequence = engine.open(LENGTH)
+        while sequence.position < LENGTH:
+            at = sequence.position
+            border = at < 40 or 110 <= at < 150 or 480 <= at < 530
+            step = small if border else next(p for p in (110, 480, LENGTH) if p > at) - at
+            engine.forward([Segment(sequence, tokens[at : at + step])])
+        assert snapshot(engine, sequence) == whole, small
 
 
 def companions_change_nothing(make: Factory) -> None:

@@ -139,6 +139,22 @@ _TOP_NAMES = {
 
 
 @dataclass(frozen=True)
+class Watched:
+    """One full forward of the oracle with its choices laid open."""
+
+    logits_LV: torch.Tensor
+    margin_L: torch.Tensor
+    """Per position: the smallest gap between the last chosen and the first refused candidate over
+    all indexers and routers, inf where nothing was refused. Below the noise of fp32 (about 1e-6)
+    two right implementations may choose differently.
+    """
+    scores: dict[int, torch.Tensor]
+    """Per CSA layer: index scores [L, E], -inf where an entry is not visible."""
+    mass: dict[int, torch.Tensor]
+    """Per CSA layer: attention probability of each entry, averaged over heads [L, E]."""
+
+
+@dataclass(frozen=True)
 class OracleModel:
     """A model folder and the transformers model that it was written from."""
 
@@ -155,6 +171,10 @@ class OracleModel:
         with torch.no_grad():
             return self.reference(torch.tensor([tokens]), use_cache=False).logits[0].float()
 
+    def watched(self, tokens: list[int]) -> Watched:
+        """Logits, and how close each choice of the forward came to being another one."""
+        return _watch(self.reference, tokens)
+
 
 def official_config(changes: dict[str, Any]) -> dict[str, Any]:
     """A `config.json`; `ratios` in `changes` lists the backbone's layers (one draft layer is
@@ -168,9 +188,14 @@ def official_config(changes: dict[str, Any]) -> dict[str, Any]:
 
 def build(name: str, folder: Path, *, seed: int = 0) -> OracleModel:
     """Write model `name` of `MODELS` to `folder`."""
+    return build_changed(MODELS[name], folder, seed=seed)
+
+
+def build_changed(wanted: dict[str, Any], folder: Path, *, seed: int = 0) -> OracleModel:
+    """Write the model whose config differs from the base by `wanted` (`ratios` and other keys)."""
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-    changes = dict(MODELS[name])
+    changes = dict(wanted)
     ratios = changes.pop("ratios")
     shared = {**_BASE, **changes, "num_hidden_layers": len(ratios)}
     heavy = next((r for r in ratios if r not in KINDS), 8)
@@ -183,7 +208,7 @@ def build(name: str, folder: Path, *, seed: int = 0) -> OracleModel:
     model = DeepseekV4ForCausalLM(hf).eval().float()
     _randomise(model, hf)
     folder.mkdir(parents=True, exist_ok=True)
-    config = official_config(MODELS[name])
+    config = official_config(wanted)
     (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
     save_file(official_tensors(model.state_dict()), folder / "model.safetensors")
     return OracleModel(folder, shared["vocab_size"], model)
@@ -240,3 +265,46 @@ def _stored(name: str, value: torch.Tensor) -> torch.Tensor:
     fp32 = any(part in name for part in ("ape", "attn_sink", "hc_", "gate.bias"))
     kept = value if fp32 or not value.is_floating_point() else value.to(torch.bfloat16)
     return kept.clone().contiguous()
+
+
+def _watch(model: Any, tokens: list[int]) -> Watched:
+    """Hooks on the scorers and routers; `output_attentions` for the masses."""
+    length = len(tokens)
+    margin = torch.full((length,), float("inf"))
+    scores: dict[int, torch.Tensor] = {}
+    hooks = []
+
+    def gap(candidates: torch.Tensor, k: int) -> None:
+        if candidates.shape[1] > k:
+            best = candidates.topk(k + 1, dim=1).values
+            edge = best[:, k - 1] - best[:, k]
+            # -inf - -inf: fewer than k candidates are visible, nothing was refused.
+            torch.minimum(margin, edge.nan_to_num(nan=float("inf")), out=margin)
+
+    def scored(layer: int, k: int) -> Any:
+        def hook(_module: Any, _inputs: Any, out: torch.Tensor) -> None:
+            visible = (torch.arange(length) + 1) // 4
+            hidden = torch.arange(out.shape[-1]) >= visible[:, None]
+            scores[layer] = out[0].float().masked_fill(hidden, float("-inf"))
+            gap(scores[layer], k)
+
+        return hook
+
+    def routed(module: Any, _inputs: Any, out: Any) -> None:
+        gap(module.score_fn(out[0]).float() + module.e_score_correction_bias, module.top_k)
+
+    for layer, block in enumerate(model.model.layers):
+        indexer = getattr(block.self_attn.compressor, "indexer", None)
+        if indexer is not None:
+            hook = scored(layer, indexer.index_topk)
+            hooks.append(indexer.scorer.register_forward_hook(hook))
+        if not block.mlp.is_hash:
+            hooks.append(block.mlp.gate.register_forward_hook(routed))
+    try:
+        with torch.no_grad():
+            out = model(torch.tensor([tokens]), use_cache=False, output_attentions=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    mass = {layer: out.attentions[layer][0].mean(0)[:, length:].float() for layer in scores}
+    return Watched(out.logits[0].float(), margin, scores, mass)

@@ -1,0 +1,130 @@
+"""Random tiny models against transformers 5.23.0, on every path (deepseek-v4.md 12; issue 3).
+
+All rounding is off and every position is compared. Where the oracle's own choice (indexer or
+router) hangs on less than `SLACK`, two right implementations may choose differently, and what they
+choose is seen by every later position: a difference is excused there, counted and printed, and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, note
+from hypothesis import strategies as st
+
+from model.engine import Segment
+from model.load import load_engine
+from model.torch_engine import TorchEngine
+from penstock.blocks import BLOCK_TOKENS
+from tests.model import drawn, oracle
+
+TOLERANCE = 1e-4
+SLACK = 2e-5
+MOST = 700
+DECODED = 24
+lengths = st.one_of(st.integers(1, 40), st.integers(1, MOST))
+
+
+@contextmanager
+def built(config: dict[str, Any], seed: int) -> Iterator[oracle.OracleModel]:
+    folder = Path(tempfile.mkdtemp())
+    try:
+        yield oracle.build_changed(config, folder, seed=seed)
+    finally:
+        shutil.rmtree(folder)
+
+
+def rows_of(engine: TorchEngine, sequence: Any, tokens: list[int]) -> torch.Tensor:
+    """[n, V]: absorb `tokens` and return the logits after each."""
+    found = engine.forward([Segment(sequence, tokens, all_logits=True)])[0].logits
+    assert found is not None
+    return torch.stack([as_tensor(found.row(i)) for i in range(len(found))])
+
+
+def as_tensor(row: memoryview) -> torch.Tensor:
+    return torch.frombuffer(bytearray(row), dtype=torch.float32)
+
+
+def ragged(engine: TorchEngine, tokens: list[int], ends: list[int]) -> torch.Tensor:
+    sequence, parts, start = engine.open(len(tokens)), [], 0
+    for end in ends:
+        parts.append(rows_of(engine, sequence, tokens[start:end]))
+        start = end
+    engine.release(sequence)
+    return torch.cat(parts)
+
+
+def resumed(engine: TorchEngine, tokens: list[int], cut: int) -> torch.Tensor:
+    """Rows from `cut` on: prefill, carried over as blocks and state, then token by token."""
+    source, target = engine.open(len(tokens)), engine.open(len(tokens))
+    engine.forward([Segment(source, tokens[:cut])])
+    for index in range(cut // BLOCK_TOKENS):
+        engine.load_block(target, index, engine.export_block(source, index))
+    engine.load_state(target, cut, engine.export_state(source))
+    parts = [as_tensor(engine.logits([target]).row(0))[None]]
+    parts += [rows_of(engine, target, [token]) for token in tokens[cut:]]
+    engine.release(source)
+    engine.release(target)
+    return torch.cat(parts)
+
+
+class Differences:
+    """Compares rows with the oracle's and keeps the book of what was excused."""
+
+    def __init__(self) -> None:
+        self.rows: Counter[str] = Counter()
+        self.worst = 0.0
+
+    def compare(self, path: str, got: torch.Tensor, seen: oracle.Watched, start: int = 0) -> None:
+        wanted = seen.logits_LV[start : start + len(got)]
+        off = (got - wanted).abs().amax(1)
+        close = (seen.margin_L < SLACK).nonzero()
+        first_tie = int(close[0]) - start if len(close) else len(got)
+        bad = (off > TOLERANCE).nonzero()
+        excused = len(got) - max(first_tie, 0) if len(bad) else 0
+        assert not len(bad) or int(bad[0]) >= first_tie, (
+            f"{path}: position {int(bad[0]) + start} is off by {off.max():.1e}; "
+            f"first near tie at {first_tie + start}"
+        )
+        self.rows["compared"] += len(got) - excused
+        self.rows["excused"] += excused
+        strict = off[: max(first_tie, 0)] if excused else off
+        self.worst = max(self.worst, strict.max().item() if len(strict) else 0.0)
+
+    def report(self, name: str) -> None:
+        print(f"\n{name}: worst difference {self.worst:.1e} of {dict(self.rows)} rows")
+
+
+@pytest.mark.parametrize("index_heads", [(32,), (4, 8)], ids=["selecting", "every block selected"])
+def test_random_models_agree_with_transformers_on_every_path(index_heads: tuple[int, ...]) -> None:
+    book = Differences()
+
+    @drawn.examples(8 if len(index_heads) == 1 else 3)
+    @given(config=drawn.configs(index_heads=index_heads), seed=st.integers(0, 999), data=st.data())
+    def every_path(config: dict[str, Any], seed: int, data: st.DataObject) -> None:
+        length = data.draw(lengths, label="length")
+        ends = data.draw(drawn.cuts(length), label="ends")
+        cut = max(length - data.draw(st.integers(0, DECODED), label="decoded"), 1)
+        with built(config, seed) as source:
+            tokens = source.tokens(length, seed)
+            seen = source.watched(tokens)
+            note(f"logits std {seen.logits_LV.std():.2f}")
+            engine = load_engine(source.folder, kv_cache_dtype="fp32", dtype="float32")
+            book.compare("one chunk", ragged(engine, tokens, [length]), seen)
+            book.compare("ragged chunks", ragged(engine, tokens, ends), seen)
+            book.compare("resumed", resumed(engine, tokens, cut), seen, cut - 1)
+            engine.close()
+
+    every_path()
+    book.report(f"index heads {index_heads}")
+    # The excuse must stay the exception, or the test has lost its strength.
+    assert book.rows["compared"] > 9 * book.rows["excused"]
