@@ -71,15 +71,24 @@ class ReferenceOps:
     swiglu = staticmethod(moe.swiglu)
 
 
-def load(backend: str | None = None, *, environ: Mapping[str, str] = os.environ) -> ReferenceOps:
-    """The ops of `backend` (default: `PENSTOCK_KERNELS__BACKEND`, else `auto`)."""
+def asked_backend(backend: str | None, environ: Mapping[str, str]) -> str:
+    """The name that was asked for, checked. Raises BackendError."""
     asked = backend or environ.get(BACKEND_VARIABLE, "auto")
     if asked not in _BACKENDS:
         raise BackendError(
             f"{BACKEND_VARIABLE} is {asked!r}; it must be one of {', '.join(_BACKENDS)}"
         )
-    if asked == "triton":
+    return asked
+
+
+def load(backend: str | None = None, *, environ: Mapping[str, str] = os.environ) -> ReferenceOps:
+    """The CPU engine's ops of `backend` (default: `PENSTOCK_KERNELS__BACKEND`, else `auto`).
+
+    Triton's ops are coarser (`kernels.dispatch.load_device`). Raises BackendError.
+    """
+    if asked_backend(backend, environ) == "triton":
         raise BackendError(
-            "kernel backend 'triton' does not exist yet in this version; use 'auto' or 'reference'"
+            "kernel backend 'triton' has no ops for the engine on a CPU; set "
+            f"{BACKEND_VARIABLE} to 'auto' or 'reference'"
         )
     return ReferenceOps()

@@ -1,0 +1,26 @@
+"""The ops at the granularity that a GPU engine calls: one launch or a few, whole row formats.
+
+`ReferenceDeviceOps` is their meaning in plain torch on any device (and in float64 where values are
+not bytes); `kernels.triton.ops.TritonDeviceOps` overrides each with a kernel of the same name and
+signature. The CPU engine's finer ops are in `kernels.ops`.
+"""
+
+from __future__ import annotations
+
+from kernels.reference import hadamard as signs
+from kernels.reference import mxfp4
+from kernels.reference import quantize_kv as kv_rows
+
+
+class ReferenceDeviceOps:
+    """Plain torch; `name` is part of the fingerprint."""
+
+    name = "reference-1"
+
+    quantize_kv = staticmethod(kv_rows.quantize_kv)
+    dequantize_gather = staticmethod(kv_rows.dequantize_gather)
+    hadamard = staticmethod(signs.hadamard)
+    mxfp4_encode = staticmethod(mxfp4.mxfp4_encode)
+    mxfp4_decode = staticmethod(mxfp4.mxfp4_decode)
+    quantize_index = staticmethod(mxfp4.quantize_index)
+    round_index = staticmethod(mxfp4.round_index)

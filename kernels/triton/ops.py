@@ -1,0 +1,22 @@
+"""All Triton implementations as one set; the meaning of each is in `kernels.reference`."""
+
+from __future__ import annotations
+
+from kernels.device import ReferenceDeviceOps
+from kernels.triton import hadamard as signs
+from kernels.triton import mxfp4
+from kernels.triton import quantize_kv as kv_rows
+
+
+class TritonDeviceOps(ReferenceDeviceOps):
+    """Every op is a kernel; nothing falls back to the reference unseen."""
+
+    name = "triton-1"
+
+    quantize_kv = staticmethod(kv_rows.quantize_kv)
+    dequantize_gather = staticmethod(kv_rows.dequantize_gather)
+    hadamard = staticmethod(signs.hadamard)
+    mxfp4_encode = staticmethod(mxfp4.mxfp4_encode)
+    mxfp4_decode = staticmethod(mxfp4.mxfp4_decode)
+    quantize_index = staticmethod(mxfp4.quantize_index)
+    round_index = staticmethod(mxfp4.round_index)

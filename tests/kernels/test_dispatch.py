@@ -1,0 +1,33 @@
+"""One dispatch: chosen from the device and the variable, one clear error where it cannot be."""
+
+from __future__ import annotations
+
+import pytest
+
+from kernels import ops
+from kernels.dispatch import load_device
+
+
+def test_auto_takes_the_reference_on_a_cpu() -> None:
+    assert load_device("cpu", environ={}).name == "reference-1"
+    assert ops.load(environ={}).name == "reference-1"
+
+
+def test_the_variable_decides() -> None:
+    environ = {"PENSTOCK_KERNELS__BACKEND": "triton", "TRITON_INTERPRET": "1"}
+    assert load_device("cpu", environ=environ).name == "triton-1"
+    assert load_device("cuda", environ={}).name == "triton-1"
+    assert load_device("cuda", "reference", environ=environ).name == "reference-1"
+
+
+def test_triton_on_a_cpu_needs_the_interpreter() -> None:
+    with pytest.raises(ops.BackendError, match="needs a CUDA device, not 'cpu'; set PENSTOCK"):
+        load_device("cpu", "triton", environ={})
+    with pytest.raises(ops.BackendError, match="no ops for the engine on a CPU"):
+        ops.load("triton", environ={})
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    for load in (ops.load, lambda name, environ: load_device("cpu", name, environ=environ)):
+        with pytest.raises(ops.BackendError, match="must be one of auto, triton, reference"):
+            load("cutlass", environ={})

@@ -1,0 +1,70 @@
+"""Every production configuration compiles for Hopper without a GPU: nothing spilled, tensor cores
+where expected and not serialised, shared memory within the limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kernels.device import ReferenceDeviceOps
+from kernels.triton.compile import COLUMNS, MODULES, Finding, cases, markdown
+from kernels.triton.launch import Launch, recording
+from kernels.triton.ops import TritonDeviceOps
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: a process that interprets kernels cannot compile them."""
+    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kernels.triton.compile", *args]
+    return subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
+
+
+def public(ops: type[ReferenceDeviceOps]) -> set[str]:
+    return {name for name in vars(ops) if not name.startswith("_")}
+
+
+def test_every_op_has_both_implementations() -> None:
+    assert public(TritonDeviceOps) == public(ReferenceDeviceOps)
+
+
+def test_every_kernel_is_in_a_production_configuration() -> None:
+    launched: list[Launch] = []
+    with recording() as launches:
+        for case in cases():
+            case.call()
+        launched += launches
+    seen = {each.kernel.__name__ for each in launched}
+    known = set()
+    for name in MODULES:
+        module = sys.modules[f"kernels.triton.{name}"]
+        for symbol, value in vars(module).items():
+            kernel = getattr(value, "fn", None)
+            if symbol.startswith("_") and getattr(kernel, "__module__", "") == module.__name__:
+                known.add(symbol)
+    assert known
+    assert known == seen
+
+
+@pytest.mark.timeout(600)
+def test_production_configurations_compile_for_hopper() -> None:
+    done = run("--json")
+    findings = [Finding(**json.loads(line)) for line in done.stdout.splitlines()]
+    faults = [f"{each.case} {each.kernel}: {each.faults}" for each in findings if each.faults]
+    assert done.returncode == 0, (done.stderr, faults)
+    assert {each.case for each in findings} == {case.name for case in cases()}
+    table = markdown(findings)
+    assert len(table.splitlines()) == len(findings) + 2
+    assert table.splitlines()[1].count("---|") == len(COLUMNS) + 1
+
+
+def test_a_process_that_interprets_says_so() -> None:
+    environ = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "kernels.triton.compile"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
+    assert done.returncode == 2
+    assert "unset it" in done.stdout
