@@ -93,7 +93,7 @@ class Admission:
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
                 self._admit()
-            else:
+            elif not waiter.granted.cancelled():
                 # Granted in the very moment in which the caller gave up.
                 self._give_back(need)
             if isinstance(error, TimeoutError):
@@ -123,5 +123,7 @@ class Admission:
     def _admit(self) -> None:
         while self._waiting and self._fits(self._waiting[0].need):
             waiter = self._waiting.popleft()
-            self._take(waiter.need)
-            waiter.granted.set_result(None)
+            # A waiter that was cancelled leaves the line only when its task runs again.
+            if not waiter.granted.cancelled():
+                self._take(waiter.need)
+                waiter.granted.set_result(None)

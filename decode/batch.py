@@ -1,9 +1,8 @@
 """The continuous batch: one thread drives the engine, requests join and leave between its steps.
 
 A turn of the thread: some pieces of other work (attach, open, export, release) for a bounded time;
-then absorb the last token of each stream in one forward; then draw the next one of each. What was
-drawn goes out before the next turn begins. In numerics class `exact` the company that a sequence
-keeps does not change its tokens.
+then one step of all streams (`decode.step`). What was drawn goes out before the next turn begins.
+In numerics class `exact` the company that a sequence keeps does not change its tokens.
 """
 
 from __future__ import annotations
@@ -17,16 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
-from blake3 import blake3
-
+from decode.speculation import DraftCounts
+from decode.step import Outcome, Stepper
 from decode.stream import Drawn, Stream
-from model.engine import Engine, Segment
-from model.sampler import sample
+from model.engine import Engine
 from penstock.errors import PenstockError, WorkerUnavailableError
 
 WORK_SLICE_S = 0.005
 """Other work in a turn, so that attaching a long prompt does not hold up the streams."""
-_DIGEST_BYTES = 8
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,16 +43,14 @@ class _Turn:
     """What happened on the thread; applied on the event loop."""
 
     work: list[_Work] = field(default_factory=list)
-    states: list[tuple[Stream, int, bytes]] = field(default_factory=list)
-    drawn: list[tuple[Stream, Drawn]] = field(default_factory=list)
-    failed: list[tuple[Stream, PenstockError]] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
 
 
 class Batch:
     """Belongs to one event loop. `start` once, `stop` may be called again."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self._stepper = Stepper(engine)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode-model")
         self._work: deque[_Work] = deque()
         self._streams: list[Stream] = []
@@ -64,10 +59,12 @@ class Batch:
         self._stopping = False
         self.steps = 0
         self.generated_tokens = 0
-        self.absorbed_tokens = 0
-        """By how far the engine's sequences advanced in steps, as the engine itself counts."""
-        self.fed_tokens = 0
-        """How many of those were tokens that this worker had drawn."""
+        self.drafts = DraftCounts()
+
+    @property
+    def unfed_tokens(self) -> int:
+        """Tokens that the engine absorbed in steps though this worker had not drawn them."""
+        return self._stepper.absorbed_tokens - self._stepper.fed_tokens
 
     @property
     def is_alive(self) -> bool:
@@ -145,7 +142,7 @@ class Batch:
         turn = _Turn()
         self._do_work(turn, work_items)
         if streams:
-            self._step(turn, streams)
+            turn.outcomes = self._stepper.step(streams)
         return turn
 
     def _do_work(self, turn: _Turn, most: int) -> None:
@@ -163,49 +160,6 @@ class Batch:
             if time.perf_counter() >= until:
                 return
 
-    def _step(self, turn: _Turn, streams: tuple[Stream, ...]) -> None:
-        ready = [stream for stream in streams if stream.pending is None]
-        stepping = [stream for stream in streams if stream.pending is not None]
-        try:
-            if stepping:
-                before = sum(s.sequence.position for s in stepping)
-                self._engine.forward(
-                    [Segment(s.sequence, (s.pending,)) for s in stepping if s.pending is not None]
-                )
-                self.absorbed_tokens += sum(s.sequence.position for s in stepping) - before
-                self.fed_tokens += len(stepping)
-                ready += stepping
-                turn.states += [
-                    (s, s.sequence.position, self._engine.export_state(s.sequence))
-                    for s in stepping
-                    if s.wants_state
-                ]
-            logits = self._engine.logits([s.sequence for s in ready])
-        except Exception as error:
-            # A step is all or nothing: every sequence in it must be given up.
-            _log.exception("a decode step failed")
-            failure = PenstockError(f"the model failed in a decode step: {error}")
-            turn.failed += [(stream, failure) for stream in streams]
-            return
-        for index, stream in enumerate(ready):
-            try:
-                turn.drawn.append((stream, self._draw(stream, logits.row(index))))
-            except ValueError as error:
-                turn.failed.append((stream, PenstockError(str(error))))
-
-    def _draw(self, stream: Stream, row: memoryview) -> Drawn:
-        evidence = self._engine.evidence(stream.sequence) if stream.wishes.evidence else ()
-        digest = b""
-        if stream.wishes.logits_digest:
-            digest = blake3(row.cast("B")).digest()[:_DIGEST_BYTES]
-        token = sample(
-            row,
-            stream.sampling,
-            position=stream.sequence.position,
-            forbidden=stream.output.forbidden,
-        )
-        return Drawn(token, evidence=tuple(evidence), digest=digest)
-
     # On the event loop
 
     def _apply(self, turn: _Turn) -> None:
@@ -216,16 +170,27 @@ class Batch:
                 work.future.set_exception(work.error)
             else:
                 work.future.set_result(work.result)
-        for stream, position, payload in turn.states:
-            stream.on_state(position, payload)
-        for stream, drawn in turn.drawn:
-            if stream in self._streams:
+        for outcome in turn.outcomes:
+            self.drafts.add(len(outcome.drafts), outcome.accepted)
+            if outcome.stream in self._streams:
+                self._hand_out(outcome)
+        self.steps += any(outcome.drawn for outcome in turn.outcomes)
+
+    def _hand_out(self, outcome: Outcome) -> None:
+        """Tokens up to the end of the answer, and the states that such an answer passes."""
+        stream, accepted = outcome.stream, 0
+        stream.drafts = stream.drafts.after(len(outcome.drafts), outcome.accepted)
+        for drawn in outcome.drawn:
+            if not stream.is_over:
                 self._accept(stream, drawn)
-        for stream, error in turn.failed:
-            if stream in self._streams:
-                self.leave(stream)
-                stream.fail(error)
-        self.steps += bool(turn.drawn)
+                accepted += 1
+        for position, payload in outcome.states:
+            # A draft that stands behind the answer's end is no part of it.
+            if position <= outcome.start + accepted:
+                stream.on_state(position, payload)
+        if outcome.error is not None and not stream.is_over:
+            self.leave(stream)
+            stream.fail(outcome.error)
 
     def _accept(self, stream: Stream, drawn: Drawn) -> None:
         try:

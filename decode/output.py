@@ -34,9 +34,27 @@ class Output:
         self.count = 0
 
     @property
+    def most_left(self) -> int:
+        """Tokens that the answer may still get."""
+        return self._rule.max_tokens - self.count
+
+    @property
+    def least_left(self) -> int:
+        """Tokens that must still come before an end token may."""
+        return max(self._rule.min_tokens - self.count, 0)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        return self._eos
+
+    @property
     def forbidden(self) -> frozenset[int]:
         """Tokens that must not be drawn next."""
-        return self._eos if self.count < self._rule.min_tokens else frozenset()
+        return self.forbidden_after(0)
+
+    def forbidden_after(self, ahead: int) -> frozenset[int]:
+        """Tokens that must not be drawn once `ahead` more have been accepted."""
+        return self._eos if ahead < self.least_left else frozenset()
 
     def accept(self, token: int) -> Piece:
         """The next token of the answer. The end token counts but has no text."""

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from decode.output import Output
+from decode.speculation import Acceptance
 from model.engine import Evidence, Sequence
-from penstock.blocks import STATE_ALIGN_TOKENS
 from penstock.errors import PenstockError
 from penstock.request import Sampling
 
@@ -46,6 +46,8 @@ class Stream:
     """Gets (position, payload) of the state at each multiple of 128 that is passed."""
     pending: int | None = None
     """The token drawn last; it is absorbed in the next step."""
+    drafts: Acceptance = field(default_factory=Acceptance)
+    """How well this stream's drafts went so far."""
     reason: str | None = None
     tokens: list[int] = field(default_factory=list)
     _ready: list[Drawn] = field(default_factory=list)
@@ -55,11 +57,6 @@ class Stream:
     @property
     def is_over(self) -> bool:
         return self.reason is not None or self._error is not None
-
-    @property
-    def wants_state(self) -> bool:
-        """Whether the state at the sequence's position is one to keep."""
-        return self.sequence.position % STATE_ALIGN_TOKENS == 0
 
     def accept(self, drawn: Drawn) -> None:
         """The batch has drawn the next token."""

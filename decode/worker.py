@@ -167,14 +167,14 @@ class DecodeWorker:
             "decode_generated_tokens_total": float(self.batch.generated_tokens),
             "decode_steps_total": float(self.batch.steps),
             # What was computed without having been drawn here can only be of a prompt: promised 0.
-            "decode_prompt_tokens_computed_total": float(
-                self.batch.absorbed_tokens - self.batch.fed_tokens
-            ),
+            "decode_prompt_tokens_computed_total": float(self.batch.unfed_tokens),
             "running": float(admission.running),
             "queued": float(admission.queued),
             "reserved_bytes": float(admission.reserved_bytes),
             "pages": float(admission.pages),
         }
+        if self._engine.info.draft_tokens:
+            values |= self.batch.drafts.metrics()
         return values
 
     async def _generate(self, request: worker_pb2.GenerateRequest, write: Write) -> None:

@@ -6,7 +6,7 @@ Shape suffixes: E entries, W window rows, C channels, D model width.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +24,29 @@ NO_ENTRY = 0xFFFFFFFF
 
 
 @dataclass
+class LayerTrail:
+    """What a layer knew in a seekable forward: the rows before it, then its own."""
+
+    window_WC: Tensor
+    carry: Tensor
+    index_carry: Tensor
+
+
+@dataclass
+class Trail:
+    """A seekable forward of `count` tokens from `start` on: enough to stand at any of them.
+
+    Compressed entries need no trail: those beyond the position are never visible, and are written
+    again before they could be (deepseek-v4.md 2.6).
+    """
+
+    start: int
+    count: int
+    hidden_RD: Tensor | None = None
+    evidence: list[list[tuple[int, float]]] = field(default_factory=list)
+
+
+@dataclass
 class LayerCache:
     """Rows of one layer. `entries_EC` and `index_EC` have room for the whole capacity."""
 
@@ -35,6 +58,22 @@ class LayerCache:
     carry: Tensor
     """Raw compressor rows not yet pooled; CSA: preceded by the previous window's rows."""
     index_carry: Tensor
+    trail: LayerTrail | None = None
+    """Filled by a seekable forward."""
+
+    def seek(self, start: int, count: int, position: int) -> None:
+        """After a forward of `count` tokens from `start`: stand at `position` inside it."""
+        trail, done = self.trail, position - start
+        if trail is None:
+            raise ValueError("this layer has no trail")
+        window = self.window_WC.shape[0]
+        self.window_WC = trail.window_WC[done : done + window]
+        if self.ratio:
+            pooled = (position // self.ratio - start // self.ratio) * self.ratio
+            rest = count - done
+            self.carry = trail.carry[pooled : trail.carry.shape[0] - rest]
+            if self.ratio == CSA_RATIO:
+                self.index_carry = trail.index_carry[pooled : trail.index_carry.shape[0] - rest]
 
 
 def no_previous_window(ratio: int, dim: int) -> Tensor:
@@ -57,6 +96,8 @@ class SequenceCache:
         self.layers = [_new_layer(config, ratio, capacity) for ratio in config.ratios]
         self.hidden_D = torch.zeros(config.hidden)
         self.evidence: list[tuple[int, float]] = []
+        self.trail: Trail | None = None
+        """Of the last forward, if it was seekable."""
 
     @property
     def capacity(self) -> int:
@@ -65,6 +106,27 @@ class SequenceCache:
     def release(self) -> None:
         self.released = True
         self.layers = []
+        self.trail = None
+
+    def leave_trail(self, count: int | None) -> None:
+        """Call before a forward: of `count` tokens that may be taken back, or None."""
+        self.trail = None if count is None else Trail(self.position, count)
+        for layer in self.layers:
+            known = LayerTrail(layer.window_WC, layer.carry, layer.index_carry)
+            layer.trail = None if count is None else known
+
+    def seek(self, position: int) -> None:
+        """See `Engine.seek`."""
+        trail = self.trail
+        if trail is None or not 0 < position - trail.start <= trail.count:
+            raise ValueError(f"position {position} is not inside the last seekable forward")
+        at = position - trail.start - 1
+        for layer in self.layers:
+            layer.seek(trail.start, trail.count, position)
+        if trail.hidden_RD is not None:
+            self.hidden_D = trail.hidden_RD[at]
+        self.evidence = trail.evidence[at] if trail.evidence else []
+        self.position = position
 
     def export_block(self, layout: CacheLayout, codec: RowCodec, index: int) -> bytes:
         first = index * BLOCK_TOKENS

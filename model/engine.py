@@ -8,6 +8,8 @@ Ownership and calling rules, which every implementation and the shared contract 
   calls.
 - `forward` is all or nothing: if it raises, the sequences it was given must be released by the
   caller.
+- `seek` takes rejected draft tokens back: afterwards a sequence is, to the bit, as if it had never
+  been given them (deepseek-v4.md 2.6, T18).
 - In numerics class `exact` the outputs of a token depend on its prefix alone: bitwise the same for
   every split into chunks, every batch, and after any export/load round trip.
 """
@@ -19,8 +21,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from penstock.blocks import CacheLayout
+from penstock.request import Sampling
 
 Buffer = bytes | bytearray | memoryview
+SEEKABLE_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class EngineInfo:
     eos_token_ids: frozenset[int]
     numerics: str
     description: str = ""
+    draft_tokens: int = 0
+    """Most tokens that `draft` proposes at once; 0: the engine does not draft."""
 
 
 class Sequence(Protocol):
@@ -60,6 +66,31 @@ class Segment:
     states_at: tuple[int, ...] = ()
     all_logits: bool = False
     """Return next-token logits after every one of `tokens`, not only on demand after the last."""
+    seekable: bool = False
+    """Allow `seek` to any position of this segment until the sequence's next forward. At most
+    `SEEKABLE_TOKENS` tokens, and no `states_at`: seek there and export.
+    """
+
+
+@dataclass(frozen=True)
+class DraftRequest:
+    """Propose up to `count` tokens to follow `token`, which was drawn but is not yet absorbed.
+
+    Drafts are drawn with `sampling` at their own positions, by the generator that the target will
+    draw with, so that a good draft is also the same draw. `forbidden` ids are kept out of the first
+    `forbidden_for` drafts.
+    """
+
+    sequence: Sequence
+    token: int
+    count: int
+    sampling: Sampling
+    forbidden: frozenset[int] = frozenset()
+    forbidden_for: int = 0
+
+    def forbidden_at(self, index: int) -> frozenset[int]:
+        """What draft number `index` must not be."""
+        return self.forbidden if index < self.forbidden_for else frozenset()
 
 
 @dataclass(frozen=True)
@@ -106,6 +137,18 @@ class Engine(Protocol):
 
     def forward(self, segments: Seq[Segment]) -> list[SegmentResult]:
         """Absorb each segment's tokens. One result a segment, in order."""
+
+    def seek(self, sequence: Sequence, position: int) -> None:
+        """Stand at `position` inside the sequence's last forward, whose segment was seekable:
+        after at least one and at most all of its tokens. May be called again, also forwards.
+        """
+
+    def draft(self, requests: Seq[DraftRequest]) -> list[list[int]]:
+        """Tokens proposed for each request: at most `count`, perhaps none. Changes no sequence.
+
+        Every sequence must stand at a position of at least 1; `count` is at most
+        `info.draft_tokens`.
+        """
 
     def export_block(self, sequence: Sequence, index: int) -> bytes:
         """Payload of a completed block (256 (index + 1) <= position)."""

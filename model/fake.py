@@ -18,7 +18,17 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from model.engine import Buffer, EngineInfo, Evidence, Segment, SegmentResult, Sequence
+from model.engine import (
+    SEEKABLE_TOKENS,
+    Buffer,
+    DraftRequest,
+    EngineInfo,
+    Evidence,
+    Segment,
+    SegmentResult,
+    Sequence,
+)
+from model.sampler import sample
 from penstock.blocks import BLOCK_TOKENS, CacheLayout, Component, ComponentKind
 from penstock.identity import fingerprint
 
@@ -41,13 +51,28 @@ LAYOUT = CacheLayout(
 
 
 class FakeSettings(BaseModel):
-    """Latency of the fake. Zero means as fast as it goes."""
+    """Latency of the fake (zero means as fast as it goes) and its drafts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prefill_tokens_per_s: float = Field(default=0.0, ge=0.0)
     decode_step_ms: float = Field(default=0.0, ge=0.0)
     max_model_len: int = Field(default=1 << 20, ge=1)
+    draft_tokens: int = Field(default=0, ge=0, lt=SEEKABLE_TOKENS)
+    """Most tokens of a draft; 0: no drafts."""
+    draft_accuracy: float = Field(default=0.7, ge=0.0, le=1.0)
+    """Share of draft tokens that are right."""
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """A sequence as it stood before some tokens, and those tokens."""
+
+    position: int
+    digest: bytes
+    window: tuple[int, ...]
+    row_bytes: int
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass
@@ -60,6 +85,16 @@ class FakeSequence:
     rows: bytearray = field(default_factory=bytearray)
     window: list[int] = field(default_factory=list)
     released: bool = False
+    trail: _Mark | None = None
+    """Set by a seekable segment, until the next one."""
+
+    def mark(self, tokens: Seq[int] = ()) -> _Mark:
+        return _Mark(self.position, self.digest, tuple(self.window), len(self.rows), tuple(tokens))
+
+    def return_to(self, mark: _Mark) -> None:
+        """Nothing after `mark` may have been loaded, only absorbed."""
+        self.position, self.digest, self.window = mark.position, mark.digest, list(mark.window)
+        del self.rows[mark.row_bytes :]
 
     def absorb(self, token: int) -> None:
         self.digest = hashlib.sha256(self.digest + struct.pack("<I", token)).digest()
@@ -96,6 +131,7 @@ class FakeEngine:
             eos_token_ids=frozenset({EOS}),
             numerics="exact",
             description="fake engine (no torch)",
+            draft_tokens=self._settings.draft_tokens,
         )
 
     @property
@@ -147,15 +183,20 @@ class FakeEngine:
         mine.rows += parts.get("fake.rows", b"")
         mine.window = list(struct.unpack(f"<{min(position, _WINDOW)}I", parts["fake.window"]))
         mine.digest = parts["fake.last"]
-        mine.position = position
+        mine.position, mine.trail = position, None
 
     def forward(self, segments: Seq[Segment]) -> list[SegmentResult]:
         results = []
-        tokens_total = sum(len(s.tokens) for s in segments)
         for segment in segments:
             mine = _live(segment.sequence)
             if mine.position + len(segment.tokens) > mine.capacity:
                 raise ValueError("the sequence's capacity is exceeded")
+            if segment.seekable and (segment.states_at or len(segment.tokens) > SEEKABLE_TOKENS):
+                raise ValueError(
+                    f"a seekable segment has at most {SEEKABLE_TOKENS} tokens and no states_at"
+                )
+            if segment.tokens:
+                mine.trail = mine.mark(segment.tokens) if segment.seekable else None
             states: dict[int, bytes] = {}
             wanted = set(segment.states_at)
             rows: list[npt.NDArray[np.float32]] = []
@@ -168,14 +209,47 @@ class FakeEngine:
                 if segment.all_logits:
                     rows.append(_logits(mine))
             results.append(SegmentResult(states, FakeLogits(rows) if rows else None))
-        self._pretend_to_work(tokens_total, len(segments))
+        self._pretend_to_work(segments)
         return results
 
-    def _pretend_to_work(self, tokens: int, segments: int) -> None:
-        if tokens == segments:
+    def _pretend_to_work(self, segments: Seq[Segment]) -> None:
+        tokens = sum(len(s.tokens) for s in segments)
+        if all(len(s.tokens) == 1 or s.seekable for s in segments):
             time.sleep(self._settings.decode_step_ms / 1e3)
         elif self._settings.prefill_tokens_per_s:
             time.sleep(tokens / self._settings.prefill_tokens_per_s)
+
+    def seek(self, sequence: Sequence, position: int) -> None:
+        mine = _live(sequence)
+        trail = mine.trail
+        if trail is None or not 0 < position - trail.position <= len(trail.tokens):
+            raise ValueError(f"position {position} is not inside the last seekable forward")
+        mine.return_to(trail)
+        for token in trail.tokens[: position - trail.position]:
+            mine.absorb(token)
+
+    def draft(self, requests: Seq[DraftRequest]) -> list[list[int]]:
+        return [self._draft(request) for request in requests]
+
+    def _draft(self, request: DraftRequest) -> list[int]:
+        """The very tokens that the target will draw, each made wrong by a coin of its own."""
+        mine, most = _live(request.sequence), self._settings.draft_tokens
+        if mine.position < 1 or not 0 <= request.count <= most:
+            raise ValueError(f"a draft needs a position of at least 1 and 0..{most} tokens")
+        before = mine.mark()
+        count = min(request.count, mine.capacity - mine.position - 1)
+        token, drafts = request.token, list[int]()
+        while len(drafts) < count:
+            mine.absorb(token)
+            banned = request.forbidden_at(len(drafts))
+            token = sample(
+                _logits(mine), request.sampling, position=mine.position, forbidden=banned
+            )
+            if mine.digest[-1] >= 256 * self._settings.draft_accuracy:
+                token = next(t for t in range(VOCAB) if t != token and t not in banned)
+            drafts.append(token)
+        mine.return_to(before)
+        return drafts
 
     def export_block(self, sequence: Sequence, index: int) -> bytes:
         mine = _live(sequence)

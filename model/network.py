@@ -58,7 +58,8 @@ class Network:
     def forward(self, chunks: Sequence[Chunk], *, every: bool = False) -> Tensor:
         """Absorb one pass. Afterwards every sequence's position, last row and evidence are set.
 
-        Returns collapsed and normalised rows fp32: of each chunk's last token, or of every token.
+        Returns collapsed and normalised rows fp32: of each chunk's last token, or of every token
+        (which a sequence that leaves a trail needs).
         """
         c = self._config
         rows = Rows([chunk.span for chunk in chunks], window=c.window)
@@ -73,16 +74,17 @@ class Network:
                 rows,
                 tokens,
                 wanted=None if every or layer < c.layers - 1 else wanted,
-                evidence_rows=index.tolist() if layer == c.last_csa_layer else None,
+                evidence_rows=_evidence_rows(rows) if layer == c.last_csa_layer else None,
             )
             if attended.evidence is not None:
-                for span, pairs in zip(rows.spans, attended.evidence, strict=True):
-                    span.cache.evidence = pairs
+                _hand_evidence(rows, attended.evidence)
         hidden = self._collapse(streams)
         lasts = index.tolist() if every else range(len(rows.spans))
         for row, span in zip(lasts, rows.spans, strict=True):
             span.cache.hidden_D = hidden[row].clone()
             span.cache.position = span.end
+            if span.cache.trail is not None:
+                span.cache.trail.hidden_RD = hidden[span.rows]
         return hidden
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
@@ -216,3 +218,23 @@ class Network:
             w13=self._linear(name + "w1.weight", name + "w3.weight"),
             w2=self._linear(name + "w2.weight"),
         )
+
+
+def _evidence_rows(rows: Rows) -> list[int]:
+    """Each span's last row, or all rows of a sequence that leaves a trail."""
+    found: list[int] = []
+    for span in rows.spans:
+        end = span.row + span.count
+        found += range(end - 1 if span.cache.trail is None else span.row, end)
+    return found
+
+
+def _hand_evidence(rows: Rows, evidence: list[list[tuple[int, float]]]) -> None:
+    """To the sequences, in the order of `_evidence_rows`."""
+    at = 0
+    for span in rows.spans:
+        trail = span.cache.trail
+        at += 1 if trail is None else span.count
+        span.cache.evidence = evidence[at - 1]
+        if trail is not None:
+            trail.evidence = evidence[at - span.count : at]

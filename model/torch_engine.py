@@ -18,7 +18,16 @@ from kernels import ops as kernel_ops
 from model.cache import SequenceCache, cache_bytes
 from model.codec import RowCodec
 from model.config import CSA_RATIO, ModelConfig
-from model.engine import Buffer, EngineInfo, Evidence, Segment, SegmentResult, Sequence
+from model.engine import (
+    SEEKABLE_TOKENS,
+    Buffer,
+    DraftRequest,
+    EngineInfo,
+    Evidence,
+    Segment,
+    SegmentResult,
+    Sequence,
+)
 from model.exact import check_machine
 from model.layout import cache_layout
 from model.network import Chunk, Network
@@ -147,17 +156,19 @@ class TorchEngine:
             raise ValueError("a sequence appears in two segments of one forward")
         results = [SegmentResult() for _ in work]
         pending = [item for item in work if item.tokens]
+        for item in pending:
+            item.cache.leave_trail(len(item.tokens) if item.seekable else None)
         while pending:
             chunks = _next_pass(pending)
             asking = [next(w for w in pending if w.cache is chunk.span.cache) for chunk in chunks]
-            hidden = self._network.forward(chunks, every=any(item.all_logits for item in asking))
+            every = any(item.all_logits or item.seekable for item in asking)
+            hidden = self._network.forward(chunks, every=every)
             for chunk, item in zip(chunks, asking, strict=True):
                 item.done += chunk.span.count
-                if item.all_logits:
-                    item.logits.append(self._network.logits(hidden[chunk.span.rows]))
                 if item.cache.position in item.states_at:
                     state = item.cache.export_state(self._layout, self._codec)
                     results[work.index(item)].states[item.cache.position] = state
+            self._add_logits(hidden, chunks, asking)
             pending = [item for item in pending if item.done < len(item.tokens)]
         return [
             SegmentResult(
@@ -165,6 +176,26 @@ class TorchEngine:
             )
             for item, result in zip(work, results, strict=True)
         ]
+
+    def _add_logits(self, hidden: Tensor, chunks: list[Chunk], asking: list[_Work]) -> None:
+        """One product with the head for all rows of a pass that owe their logits."""
+        owing = [(c.span, w) for c, w in zip(chunks, asking, strict=True) if w.all_logits]
+        if not owing:
+            return
+        logits = self._network.logits(torch.cat([hidden[span.rows] for span, _ in owing]))
+        parts = torch.split(logits, [span.count for span, _ in owing])
+        for part, (_, item) in zip(parts, owing, strict=True):
+            item.logits.append(part)
+
+    @torch.inference_mode()
+    def seek(self, sequence: Sequence, position: int) -> None:
+        self._live(sequence).seek(position)
+
+    @torch.inference_mode()
+    def draft(self, requests: Seq[DraftRequest]) -> list[list[int]]:
+        if requests:
+            raise ValueError("this engine was opened without drafts")
+        return []
 
     @torch.inference_mode()
     def export_block(self, sequence: Sequence, index: int) -> bytes:
@@ -236,7 +267,11 @@ class TorchEngine:
         ascending = all(a < b for a, b in pairwise(wanted))
         if wanted and not (ascending and mine.position < wanted[0] and wanted[-1] <= end):
             raise ValueError(f"states_at {wanted} must ascend inside ({mine.position}, {end}]")
-        return _Work(mine, tokens, wanted, segment.all_logits)
+        if segment.seekable and (wanted or len(tokens) > SEEKABLE_TOKENS):
+            raise ValueError(
+                f"a seekable segment has at most {SEEKABLE_TOKENS} tokens and no states_at"
+            )
+        return _Work(mine, tokens, wanted, segment.all_logits, segment.seekable)
 
 
 @dataclass
@@ -247,6 +282,7 @@ class _Work:
     tokens: list[int]
     states_at: tuple[int, ...]
     all_logits: bool
+    seekable: bool
     done: int = 0
     logits: list[Tensor] = field(default_factory=list)
 
@@ -262,7 +298,8 @@ def _next_pass(pending: list[_Work]) -> list[Chunk]:
     chunks: list[Chunk] = []
     row = 0
     for item in pending:
-        if row >= PASS_ROWS:
+        # A seekable segment stays whole: its trail is that of one pass.
+        if row >= PASS_ROWS or (item.seekable and row + len(item.tokens) > PASS_ROWS):
             break
         tokens = item.take(PASS_ROWS - row)
         chunks.append(Chunk(Span(item.cache, row, len(tokens), item.cache.position), tokens))

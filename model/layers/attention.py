@@ -84,6 +84,8 @@ class Attention:
         for span, cache in zip(rows.spans, caches, strict=True):
             known = torch.cat((cache.window_WC, kv[span.rows]))
             cache.window_WC = known[span.count :].clone()
+            if cache.trail is not None:
+                cache.trail.window_WC = known
             histories.append(known)
         if self._compressor is not None:
             entries, carries = self._compressor.absorb(rows, x_RD, [c.carry for c in caches])
@@ -91,8 +93,10 @@ class Attention:
             if values.shape[0]:
                 values = self._codec.round_kv(values)
             entries.store(values, [c.entries_EC for c in caches])
-            for cache, carry in zip(caches, carries, strict=True):
+            for cache, carry, raw in zip(caches, carries, entries.known, strict=True):
                 cache.carry = carry
+                if cache.trail is not None:
+                    cache.trail.carry = raw
         if self._indexer is not None:
             self._indexer.absorb(rows, caches, x_RD)
         return histories

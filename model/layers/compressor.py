@@ -24,6 +24,8 @@ class NewEntries:
     values_NC: Tensor
     firsts: tuple[int, ...]
     counts: tuple[int, ...]
+    known: tuple[Tensor, ...]
+    """Raw rows of each span: its carry before the pass, then the pass's own."""
 
     def store(self, rounded_NC: Tensor, targets: Sequence[Tensor]) -> None:
         """Write each span's (rounded) entries to its place in its cache."""
@@ -64,7 +66,7 @@ class Compressor:
         """Entries of the windows that these rows complete, and the carries after them."""
         raw = self._project(x_RD.float())[: rows.count]
         raw = raw + self._bias_SX.index_select(0, rows.positions_R[: rows.count] % self._ratio)
-        kv, score, kept, firsts, counts = [], [], [], [], []
+        kv, score, kept, firsts, counts, known = [], [], [], [], [], []
         for span, carry in zip(rows.spans, carries, strict=True):
             first = span.position // self._ratio
             count = span.end // self._ratio - first
@@ -77,8 +79,9 @@ class Compressor:
             kept.append(every[count * self._ratio :].clone())
             firsts.append(first)
             counts.append(count)
+            known.append(every)
         values = self._finish(kv, score, firsts, counts)
-        return NewEntries(values, tuple(firsts), tuple(counts)), kept
+        return NewEntries(values, tuple(firsts), tuple(counts), tuple(known)), kept
 
     def _slots(self, every: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """kv and score [N, S, C] of `count` windows, slots in token order."""

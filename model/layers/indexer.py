@@ -51,8 +51,10 @@ class Indexer:
         if keys.shape[0]:
             keys = self._codec.round_index(keys)
         entries.store(keys, [c.index_EC for c in caches])
-        for cache, carry in zip(caches, carries, strict=True):
+        for cache, carry, raw in zip(caches, carries, entries.known, strict=True):
             cache.index_carry = carry
+            if cache.trail is not None:
+                cache.trail.index_carry = raw
 
     def select(
         self, rows: Rows, caches: Sequence[LayerCache], x_RD: Tensor, qr_RQ: Tensor, cos_sin: CosSin

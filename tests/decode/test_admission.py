@@ -111,3 +111,20 @@ async def test_a_wait_in_vain_leaves_no_trace() -> None:
         assert admission.queued == 0
         await stack.enter_async_context(admission.reserved(Need(256, 10), timeout_s=1))
     assert (admission.reserved_bytes, admission.running) == (0, 0)
+
+
+async def test_many_cancels_in_one_moment_leave_no_trace() -> None:
+    admission = Admission(CAPACITY, SLOTS, LINE)
+
+    async def hold() -> None:
+        async with admission.reserved(Need(256, 90), timeout_s=60):
+            await asyncio.Event().wait()
+
+    tasks = [asyncio.create_task(hold()) for _ in range(4)]
+    await asyncio.sleep(0.01)
+    assert admission.queued == 3
+    for task in tasks:
+        task.cancel()
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(end, asyncio.CancelledError) for end in ends)
+    assert (admission.reserved_bytes, admission.running, admission.queued) == (0, 0, 0)

@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 import pytest
 
-from model.engine import Engine, Segment, Sequence
+from model.engine import SEEKABLE_TOKENS, DraftRequest, Engine, Segment, Sequence
 from penstock.blocks import BLOCK_TOKENS
+from penstock.request import Sampling
 
 Factory = Callable[[], Engine]
 LENGTH = 2 * BLOCK_TOKENS + 85
@@ -238,6 +239,97 @@ def every_position_s_logits_are_those_of_its_prefix(make: Factory) -> None:
     assert engine.forward([Segment(engine.open(3), tokens[:3])])[0].logits is None
 
 
+def rejected_tokens_leave_no_trace(make: Factory) -> None:
+    """T18: after every accepted prefix the sequence is what it would have been without the rest."""
+    engine = make()
+    tokens = tokens_for(engine, 400)
+    plain = engine.open(400)
+    sequence, other = engine.open(400), engine.open(400)
+    start = 250
+    engine.forward([Segment(s, tokens[:start]) for s in (plain, sequence)])
+    rng, turn = random.Random(5), 0
+    while sequence.position < 390:
+        at, turn = sequence.position, turn + 1
+        kept, lost = rng.randint(1, 6), rng.choice((0, 1, 3, 9))
+        rejected = tokens_for(engine, lost, seed=turn)
+        fed = [*tokens[at : at + kept], *rejected]
+        fed = fed[: 400 - at]
+        # Beside a plain stream, as in a batch.
+        side = Segment(other, tokens_for(engine, 1 + turn % 3, seed=turn))
+        result = engine.forward([side, Segment(sequence, fed, all_logits=True, seekable=True)])[1]
+        assert sequence.position == at + len(fed)
+        assert result.logits is not None and len(result.logits) == len(fed)
+        for there in rng.sample(range(1, len(fed) + 1), k=min(3, len(fed))):
+            engine.seek(sequence, at + there)
+            assert sequence.position == at + there
+            if there <= kept:
+                shown = snapshot(engine, sequence), engine.evidence(sequence)
+                engine.forward([Segment(plain, tokens[plain.position : at + there])])
+                if plain.position == at + there:
+                    assert shown == (snapshot(engine, plain), engine.evidence(plain))
+        engine.seek(sequence, at + kept)
+        assert bytes(result.logits.row(kept - 1)) == logits_of(engine, sequence)
+        engine.forward([Segment(plain, tokens[plain.position : at + kept])])
+        assert engine.evidence(sequence) == engine.evidence(plain)
+        assert snapshot(engine, sequence) == snapshot(engine, plain), (at, kept, lost)
+
+
+def seek_outside_the_last_seekable_forward_is_refused(make: Factory) -> None:
+    engine = make()
+    tokens = tokens_for(engine, 60)
+    sequence = engine.open(60)
+    engine.forward([Segment(sequence, tokens[:20])])
+    with pytest.raises(ValueError, match="seekable"):
+        engine.seek(sequence, 15)
+    engine.forward([Segment(sequence, tokens[20:25], seekable=True)])
+    for position in (20, 26, -1):
+        with pytest.raises(ValueError, match="seekable"):
+            engine.seek(sequence, position)
+    engine.seek(sequence, 23)
+    engine.forward([Segment(sequence, tokens[23:30])])
+    with pytest.raises(ValueError, match="seekable"):
+        engine.seek(sequence, 24)
+    whole = absorb(engine, tokens[:30], chunk=30)
+    assert snapshot(engine, sequence) == snapshot(engine, whole)
+    for bad in (
+        Segment(engine.open(200), tokens_for(engine, SEEKABLE_TOKENS + 1), seekable=True),
+        Segment(engine.open(60), tokens, (40,), seekable=True),
+    ):
+        with pytest.raises(ValueError, match="seekable"):
+            engine.forward([bad])
+
+
+def a_draft_changes_nothing_and_is_the_same_every_time(make: Factory) -> None:
+    engine = make()
+    most = engine.info.draft_tokens
+    assert engine.draft([]) == []
+    tokens = tokens_for(engine, 150)
+    first = absorb(engine, tokens, chunk=150, capacity=200)
+    second = absorb(engine, tokens[:70], chunk=70, capacity=200)
+    if not most:
+        with pytest.raises(ValueError, match="draft"):
+            engine.draft([DraftRequest(first, 1, 1, Sampling())])
+        return
+    before = snapshot(engine, first)
+    for sampling in (Sampling(temperature=0.0), Sampling(seed=3)):
+        both = engine.draft(
+            [DraftRequest(second, 5, most, sampling), DraftRequest(first, 3, most, sampling)]
+        )
+        assert all(len(tokens) <= most for tokens in both)
+        assert all(0 <= t < engine.info.vocab_size for tokens in both for t in tokens)
+        alone = engine.draft([DraftRequest(first, 3, most, sampling)])
+        assert alone == [both[1]]
+        banned = frozenset(both[1][:1])
+        other = engine.draft([DraftRequest(first, 3, most, sampling, banned, 1)])[0]
+        assert not (banned & set(other[:1]))
+        assert engine.draft([DraftRequest(first, 3, 0, sampling)]) == [[]]
+    assert snapshot(engine, first) == before
+    with pytest.raises(ValueError, match="draft"):
+        engine.draft([DraftRequest(first, 3, most + 1, Sampling())])
+    with pytest.raises(ValueError, match="draft"):
+        engine.draft([DraftRequest(engine.open(9), 3, most, Sampling())])
+
+
 CLAUSES: tuple[Callable[[Factory], None], ...] = (
     info_is_complete,
     logits_are_float32_rows,
@@ -253,4 +345,7 @@ CLAUSES: tuple[Callable[[Factory], None], ...] = (
     evidence_is_ordered_and_in_the_past,
     memory_is_priced_before_it_is_taken,
     every_position_s_logits_are_those_of_its_prefix,
+    rejected_tokens_leave_no_trace,
+    seek_outside_the_last_seekable_forward_is_refused,
+    a_draft_changes_nothing_and_is_the_same_every_time,
 )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from model.fake import FakeEngine
+from model.fake import FakeEngine, FakeSettings
 from model.load import load_engine
 from model.torch_engine import TorchEngine
 from tests.model import engine_contract, oracle
@@ -28,3 +28,10 @@ def test_torch_engine_keeps_the_contract(
 @pytest.mark.parametrize("clause", engine_contract.CLAUSES, ids=lambda clause: clause.__name__)
 def test_the_fake_keeps_the_contract(clause: Callable[[engine_contract.Factory], None]) -> None:
     clause(FakeEngine)
+
+
+@pytest.mark.parametrize("clause", engine_contract.CLAUSES, ids=lambda clause: clause.__name__)
+def test_a_drafting_fake_keeps_the_contract(
+    clause: Callable[[engine_contract.Factory], None],
+) -> None:
+    clause(lambda: FakeEngine(FakeSettings(draft_tokens=5, draft_accuracy=0.6)))
