@@ -15,6 +15,10 @@ def open_engine(spec: ModelSpec) -> Engine:
         settings = FakeSettings(
             prefill_tokens_per_s=spec.fake_prefill_tokens_per_s,
             decode_step_ms=spec.fake_decode_step_ms,
+            draft_tokens=(
+                0 if spec.num_speculative_tokens == "auto" else spec.num_speculative_tokens
+            ),
+            draft_accuracy=spec.fake_draft_accuracy,
         )
         if spec.max_model_len is not None:
             settings = settings.model_copy(update={"max_model_len": spec.max_model_len})

@@ -4,7 +4,22 @@ JSON.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+MOST_DRAFT_TOKENS = 16
+
+
+def _draft_tokens(value: Any) -> Any:
+    """An integer or `auto`; in text both."""
+    text = str(value).strip()
+    if text == "auto" or (text.isdecimal() and int(text) <= MOST_DRAFT_TOKENS):
+        return text if text == "auto" else int(text)
+    raise ValueError(f"{value!r} is neither 'auto' nor a number from 0 to {MOST_DRAFT_TOKENS}")
+
+
+DraftTokens = Annotated[int | Literal["auto"], BeforeValidator(_draft_tokens)]
 
 
 class ModelSpec(BaseModel):
@@ -21,8 +36,17 @@ class ModelSpec(BaseModel):
     device: str = "auto"
     max_model_len: int | None = None
     torch_threads: int = Field(default=1, ge=1)
+    num_speculative_tokens: DraftTokens = "auto"
+    """Most tokens that decode drafts at once with the checkpoint's own draft module: `auto` (what
+    the checkpoint was trained for), 0 (none) to 16. Answers are the same either way. Prefill and
+    decode must agree: it is part of the fingerprint.
+    """
+    draft_confidence: float = Field(default=0.0, ge=0.0, le=1.0)
+    """DSpark: a draft ends before the first token that its confidence head trusts less."""
     fake_prefill_tokens_per_s: float = 0.0
     fake_decode_step_ms: float = 0.0
+    fake_draft_accuracy: float = Field(default=0.7, ge=0.0, le=1.0)
+    """Share of the fake's draft tokens that are right; it drafts only if told how many."""
 
 
 class WorkerSpec(BaseModel):

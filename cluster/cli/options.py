@@ -55,3 +55,11 @@ NumericsOption = Annotated[
     Numerics | None,
     typer.Option("--numerics", help="exact: the same token whichever way it came; fast: faster."),
 ]
+DraftTokensOption = Annotated[
+    str | None,
+    typer.Option(
+        "--num-speculative-tokens",
+        metavar="N|auto",
+        help="Most tokens of a draft; auto: as the checkpoint was trained, 0: none.",
+    ),
+]

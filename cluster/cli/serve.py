@@ -10,6 +10,7 @@ import typer
 from cluster.cli.options import (
     ConfigFile,
     DeviceOption,
+    DraftTokensOption,
     KvCacheDtypeOption,
     Launcher,
     NumericsOption,
@@ -43,6 +44,7 @@ def serve(
     max_num_batched_tokens: Annotated[
         int | None, typer.Option(help="Most tokens of one prefill step (a chunk).")
     ] = None,
+    num_speculative_tokens: DraftTokensOption = None,
     kv_cache_dtype: KvCacheDtypeOption = None,
     api_key: Annotated[
         str | None,
@@ -86,6 +88,7 @@ def serve(
             "parallel.tensor": tensor_parallel_size,
             "decode.max_running": max_num_seqs,
             "prefill.chunk_tokens": max_num_batched_tokens,
+            "model.num_speculative_tokens": num_speculative_tokens,
             "model.kv_cache_dtype": text(kv_cache_dtype),
             "front.api_key": api_key,
             "front.tls_cert": tls_cert,
