@@ -6,7 +6,7 @@ Shape suffixes: E entries, W window rows, C channels, D model width.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from kernels.reference.indexer import KEY_TILE as INDEX_TILE
 from kernels.reference.lanes import round_up
 from model.codec import RowCodec, fp32_bytes, fp32_rows
 from model.config import CSA_RATIO, ModelConfig
+from model.drafts.plan import DraftPlan
 from model.engine import Buffer
 from model.layout import EVIDENCE_PAIRS, carry_channels
 from penstock.blocks import BLOCK_TOKENS, CacheLayout, Section
@@ -43,6 +44,7 @@ class Trail:
     start: int
     count: int
     hidden_RD: Tensor | None = None
+    streams_RSD: Tensor | None = None
     evidence: list[list[tuple[int, float]]] = field(default_factory=list)
 
 
@@ -60,6 +62,19 @@ class LayerCache:
     index_carry: Tensor
     trail: LayerTrail | None = None
     """Filled by a seekable forward."""
+
+    def push(self, rows_RC: Tensor) -> Tensor:
+        """Add window rows; returns all known ones, oldest first, that end with them."""
+        known = torch.cat((self.window_WC, rows_RC))
+        # A copy: a view would keep the whole chunk's rows alive.
+        self.window_WC = known[rows_RC.shape[0] :].clone()
+        if self.trail is not None:
+            self.trail.window_WC = known
+        return known
+
+    def fork(self) -> LayerCache:
+        """A copy whose window may be pushed to without changing this one."""
+        return replace(self, trail=None)
 
     def seek(self, start: int, count: int, position: int) -> None:
         """After a forward of `count` tokens from `start`: stand at `position` inside it."""
@@ -86,7 +101,9 @@ def no_previous_window(ratio: int, dim: int) -> Tensor:
 class SequenceCache:
     """Cache of one sequence; fulfils the `Sequence` protocol. Memory is taken at construction."""
 
-    def __init__(self, config: ModelConfig, capacity: int, *, owner: object) -> None:
+    def __init__(
+        self, config: ModelConfig, capacity: int, *, owner: object, drafts: DraftPlan | None = None
+    ) -> None:
         self._capacity = capacity
         self.owner = owner
         self._config = config
@@ -94,7 +111,13 @@ class SequenceCache:
         self.loaded_blocks = 0
         self.released = False
         self.layers = [_new_layer(config, ratio, capacity) for ratio in config.ratios]
+        # A draft's blocks have a window and nothing else.
+        self.layers += [
+            _new_layer(config, 0, capacity) for _ in range(drafts.stages if drafts else 0)
+        ]
         self.hidden_D = torch.zeros(config.hidden)
+        self.streams_SD: Tensor | None = None
+        """The last token's streams, if the draft module reads them again."""
         self.evidence: list[tuple[int, float]] = []
         self.trail: Trail | None = None
         """Of the last forward, if it was seekable."""
@@ -125,6 +148,8 @@ class SequenceCache:
             layer.seek(trail.start, trail.count, position)
         if trail.hidden_RD is not None:
             self.hidden_D = trail.hidden_RD[at]
+        if trail.streams_RSD is not None:
+            self.streams_SD = trail.streams_RSD[at]
         self.evidence = trail.evidence[at] if trail.evidence else []
         self.position = position
 
@@ -144,6 +169,9 @@ class SequenceCache:
         where, what = _split(section.component.name)
         if what == "hidden":
             return fp32_bytes(self.hidden_D)
+        if what == "streams":
+            assert self.streams_SD is not None
+            return fp32_bytes(self.streams_SD)
         if what == "evidence":
             return _pack_evidence(self.evidence)
         layer = self.layers[where]
@@ -189,6 +217,9 @@ class SequenceCache:
         count = section.rows
         if what == "hidden":
             self.hidden_D = fp32_rows(part, 1)[0]
+            return
+        if what == "streams":
+            self.streams_SD = fp32_rows(part, self._config.streams)
             return
         if what == "evidence":
             self.evidence = _unpack_evidence(part)
@@ -245,9 +276,12 @@ def _new_layer(config: ModelConfig, ratio: int, capacity: int) -> LayerCache:
     )
 
 
-def cache_bytes(config: ModelConfig, capacity: int) -> int:
+def cache_bytes(config: ModelConfig, capacity: int, drafts: DraftPlan | None = None) -> int:
     """Memory of a `SequenceCache`, from the shapes above."""
     floats = config.hidden
+    if drafts is not None:
+        floats += drafts.stages * config.window * config.head_dim
+        floats += config.streams * config.hidden * drafts.keeps_streams
     for ratio in config.ratios:
         csa = ratio == CSA_RATIO
         rows = entry_rows(ratio, capacity, ENTRY_TILE)

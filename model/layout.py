@@ -9,6 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from model.config import CSA_RATIO, ModelConfig
+from model.drafts.plan import DraftPlan
 from penstock.blocks import CacheLayout, Component, ComponentKind
 
 LAYOUT_VERSION = 1
@@ -54,7 +55,10 @@ def carry_channels(ratio: int, dim: int) -> int:
     return 2 * dim * (2 if ratio == CSA_RATIO else 1)
 
 
-def cache_layout(config: ModelConfig, kv: KvFormat) -> CacheLayout:
+def cache_layout(config: ModelConfig, kv: KvFormat, drafts: DraftPlan | None = None) -> CacheLayout:
+    """With drafts a state has their windows too, so that a decode worker drafts from its first
+    step on.
+    """
     kind = ComponentKind
     table: list[Component] = []
     row, index_row = kv_row_bytes(config, kv), index_row_bytes(config, kv)
@@ -72,6 +76,12 @@ def cache_layout(config: ModelConfig, kv: KvFormat) -> CacheLayout:
         if ratio == CSA_RATIO:
             raw = 4 * carry_channels(ratio, config.index_dim)
             table.append(Component(name + "index_carry", kind.CARRY_OVERLAP, ratio, raw))
+    for stage in range(drafts.stages if drafts else 0):
+        name = f"layers.{config.layers + stage}.window"
+        table.append(Component(name, kind.WINDOW, config.window, row))
+    if drafts is not None and drafts.keeps_streams:
+        size = 4 * config.streams * config.hidden
+        table.append(Component("last.streams", kind.LAST, 1, size))
     table.append(Component("last.hidden", kind.LAST, 1, 4 * config.hidden))
     if config.last_csa_layer is not None:
         table.append(Component("last.evidence", kind.LAST, 1, 8 * EVIDENCE_PAIRS))

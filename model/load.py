@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from kernels import ops as kernel_ops
 from model.config import ModelConfig
+from model.drafts.plan import plan_drafts
 from model.layout import KvFormat
 from model.options import DTYPES, NUMERICS, EngineOptions
 from model.torch_engine import TorchEngine
-from model.weights import load_weights
+from model.weights import has_draft_module, load_weights
 from penstock.errors import ModelLoadError
 
 
@@ -23,6 +25,8 @@ def load_engine(
     numerics: str = "exact",
     device: str = "cpu",
     max_model_len: int | None = None,
+    draft_tokens: int | Literal["auto"] = 0,
+    draft_confidence: float = 0.0,
 ) -> TorchEngine:
     """Load an official model folder. Raises `ModelLoadError` with one sentence.
 
@@ -50,11 +54,19 @@ def load_engine(
         numerics=numerics,
         max_model_len=limit,
     )
-    weights = load_weights(folder, config)
+    if draft_tokens == "auto" and not has_draft_module(folder):
+        draft_tokens = 0
+    drafts = plan_drafts(config, draft_tokens, confidence=draft_confidence)
+    weights = load_weights(folder, config, drafts=drafts is not None)
     if numerics == "exact":
         torch.set_num_threads(1)
     return TorchEngine(
-        config, weights.tensors, weights_digest=weights.digest, options=options, ops=ops
+        config,
+        weights.tensors,
+        weights_digest=weights.digest,
+        options=options,
+        ops=ops,
+        drafts=drafts,
     )
 
 

@@ -15,9 +15,13 @@ from torch import Tensor
 from kernels.ops import ReferenceOps
 from model.codec import RowCodec
 from model.config import CSA_RATIO, ModelConfig
+from model.drafts.drafter import Asked, Drafter, Parts
+from model.drafts.open import open_drafter
+from model.drafts.plan import DraftPlan
 from model.layers.attention import Attention, AttentionWeights
 from model.layers.block import Block, HyperConnection, Wanted
 from model.layers.compressor import Compressor
+from model.layers.head import HeadCollapse
 from model.layers.indexer import Indexer
 from model.layers.moe import Expert, Moe, Router
 from model.linear import Linear
@@ -44,15 +48,19 @@ class Network:
         codec: RowCodec,
         dtype: torch.dtype,
         row_tile: int | None,
+        drafts: DraftPlan | None = None,
     ) -> None:
         self._config, self._ops, self._codec, self._dtype = config, ops, codec, dtype
         self._tensors, self._row_tile = tensors, row_tile
         self._embed_VD = tensors["embed.weight"].to(dtype)
         self._head = Linear(tensors["head.weight"].float(), row_tile)
-        self._norm_D = tensors["norm.weight"].float()
-        self._hc_head = [tensors[f"hc_head_{part}"].float() for part in ("fn", "scale", "base")]
+        self._collapse = self._head_collapse("")
         self._freqs: dict[bool, Tensor] = {}
-        self._blocks = [self._block(layer) for layer in range(config.layers)]
+        names = [f"layers.{layer}." for layer in range(config.layers)]
+        self._blocks = [self._block(layer, name) for layer, name in enumerate(names)]
+        self._drafter = None if drafts is None else self._draft_module(drafts)
+        self._taps = self._drafter.taps if self._drafter else frozenset[int]()
+        self._tail = self._drafter.tail if self._drafter else 1
         self._tensors = {}
 
     def forward(self, chunks: Sequence[Chunk], *, every: bool = False) -> Tensor:
@@ -64,22 +72,31 @@ class Network:
         c = self._config
         rows = Rows([chunk.span for chunk in chunks], window=c.window)
         tokens = torch.tensor([token for chunk in chunks for token in chunk.tokens])
-        index, last = rows.last_of_each()
-        wanted = Wanted(index, last)
-        embedded = self._embed_VD.index_select(0, tokens)
+        index, last = rows.last_of_each(self._tail)
+        wanted = None if every else Wanted(index, last)
+        embedded = self.embed(tokens)
         streams = self._ops.pad_rows(embedded[:, None, :].repeat(1, c.streams, 1))
+        tapped: dict[int, Tensor] = {}
         for layer, block in enumerate(self._blocks):
             streams, attended = block(
                 streams,
                 rows,
                 tokens,
-                wanted=None if every or layer < c.layers - 1 else wanted,
+                wanted=wanted if layer == c.layers - 1 else None,
                 evidence_rows=_evidence_rows(rows) if layer == c.last_csa_layer else None,
             )
             if attended.evidence is not None:
                 _hand_evidence(rows, attended.evidence)
-        hidden = self._collapse(streams)
-        lasts = index.tolist() if every else range(len(rows.spans))
+            if layer in self._taps:
+                whole = every or layer < c.layers - 1
+                tapped[layer] = streams.index_select(0, index) if whole else streams[: last.count]
+        if self._drafter is not None:
+            self._drafter.absorb(last, tapped, tokens.index_select(0, index))
+        lasts = [span.row + span.count - 1 for span in (rows if every else last).spans]
+        if not every:
+            streams = self._ops.pad_rows(streams[lasts])
+            lasts = list(range(len(lasts)))
+        hidden = self._collapse(self._ops, streams)
         for row, span in zip(lasts, rows.spans, strict=True):
             span.cache.hidden_D = hidden[row].clone()
             span.cache.position = span.end
@@ -87,18 +104,19 @@ class Network:
                 span.cache.trail.hidden_RD = hidden[span.rows]
         return hidden
 
+    def embed(self, tokens_R: Tensor) -> Tensor:
+        """[R, D] in the activation type."""
+        return self._embed_VD.index_select(0, tokens_R)
+
+    def draft(self, asked: Sequence[Asked]) -> list[list[int]]:
+        """See `Drafter.draft`."""
+        if self._drafter is None:
+            raise ValueError("this engine was opened without drafts")
+        return self._drafter.draft(asked)
+
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """[R, V] fp32 of collapsed and normalised rows."""
         return self._head(self._ops.pad_rows(hidden_RD))[: hidden_RD.shape[0]]
-
-    def _collapse(self, streams_RSD: Tensor) -> Tensor:
-        """Head collapse (4.4) and final norm; rounded to the activation type, kept as fp32."""
-        c, (fn, scale, base) = self._config, self._hc_head
-        x = self._ops.head_collapse(
-            streams_RSD, fn, scale, base, norm_eps=c.norm_eps, eps=c.hc_eps
-        ).to(self._dtype)
-        normed = self._ops.rms_norm(x, self._norm_D, eps=c.norm_eps)
-        return normed.to(self._dtype).float()
 
     def _linear(self, *names: str, dtype: torch.dtype | None = None) -> Linear:
         """Several weights stacked along their outputs make one product."""
@@ -108,19 +126,49 @@ class Network:
     def _vector(self, name: str) -> Tensor:
         return self._tensors[name].float()
 
+    def _ratio(self, layer: int) -> int:
+        """A draft's blocks follow the backbone's and have a window only."""
+        return self._config.ratios[layer] if layer < self._config.layers else 0
+
     def _freq(self, layer: int) -> Tensor:
         """One table per kind of layer: rows cache their angles by table."""
-        compressed = self._config.ratios[layer] > 0
+        c, compressed = self._config, self._ratio(layer) > 0
         if compressed not in self._freqs:
-            yarn = self._config.yarn_of(layer)
-            scaling = None if yarn is None else vars(yarn)
-            self._freqs[compressed] = self._ops.frequencies(
-                self._config.rope_dim, self._config.theta(layer), scaling
-            )
+            scaling = vars(c.yarn) if compressed and c.yarn is not None else None
+            theta = c.compress_rope_theta if compressed else c.rope_theta
+            self._freqs[compressed] = self._ops.frequencies(c.rope_dim, theta, scaling)
         return self._freqs[compressed]
 
-    def _block(self, layer: int) -> Block:
-        name = f"layers.{layer}."
+    def _head_collapse(self, name: str) -> HeadCollapse:
+        return HeadCollapse(
+            fn=self._vector(name + "hc_head_fn"),
+            scale=self._vector(name + "hc_head_scale"),
+            base=self._vector(name + "hc_head_base"),
+            norm_D=self._vector(name + "norm.weight"),
+            norm_eps=self._config.norm_eps,
+            eps=self._config.hc_eps,
+        )
+
+    def _draft_module(self, plan: DraftPlan) -> Drafter:
+        c = self._config
+        names = [f"mtp.{stage}." for stage in range(plan.stages)]
+        parts = Parts(
+            ops=self._ops,
+            blocks=tuple(self._block(c.layers + i, name) for i, name in enumerate(names)),
+            head=self._head_collapse(names[-1]),
+            linear=lambda name: self._linear(f"mtp.{name}"),
+            vector=lambda name: self._vector(f"mtp.{name}"),
+            embed=self.embed,
+            logits=self.logits,
+            dtype=self._dtype,
+            streams=c.streams,
+            window=c.window,
+            norm_eps=c.norm_eps,
+            first_layer=c.layers,
+        )
+        return open_drafter(parts, c.draft, plan)
+
+    def _block(self, layer: int, name: str) -> Block:
         return Block(
             self._ops,
             layer,
@@ -146,7 +194,7 @@ class Network:
         )
 
     def _attention(self, layer: int, name: str) -> Attention:
-        c, ratio = self._config, self._config.ratios[layer]
+        c, ratio = self._config, self._ratio(layer)
         groups = self._linear(name + "wo_a.weight").weight_NK.chunk(c.o_groups)
         weights = AttentionWeights(
             wq_a=self._linear(name + "wq_a.weight"),

@@ -35,4 +35,6 @@ def open_engine(spec: ModelSpec) -> Engine:
         numerics=spec.numerics,
         device="cpu" if spec.device == "auto" else spec.device,
         max_model_len=spec.max_model_len,
+        draft_tokens=spec.num_speculative_tokens,
+        draft_confidence=spec.draft_confidence,
     )

@@ -122,8 +122,17 @@ class Rows:
         """[N * 16, ...] -> real rows [count, ...]."""
         return x if self.in_place else x.index_select(0, self.slots_R)
 
-    def last_of_each(self) -> tuple[Tensor, Rows]:
-        """Row numbers of every span's last token, and those rows as a pass of their own."""
-        index = torch.tensor([span.row + span.count - 1 for span in self.spans])
-        spans = [Span(span.cache, row, 1, span.end - 1) for row, span in enumerate(self.spans)]
-        return index, Rows(spans, window=self.window)
+    def last_of_each(self, most: int = 1) -> tuple[Tensor, Rows]:
+        """Row numbers of every span's last tokens (at most `most`), and those rows as a pass of
+        their own.
+        """
+        index: list[int] = []
+        spans: list[Span] = []
+        row = 0
+        for span in self.spans:
+            # A trail needs every row.
+            count = min(span.count, most) if span.cache.trail is None else span.count
+            index += range(span.row + span.count - count, span.row + span.count)
+            spans.append(Span(span.cache, row, count, span.end - count))
+            row += count
+        return torch.tensor(index), Rows(spans, window=self.window)

@@ -18,6 +18,8 @@ from kernels import ops as kernel_ops
 from model.cache import SequenceCache, cache_bytes
 from model.codec import RowCodec
 from model.config import CSA_RATIO, ModelConfig
+from model.drafts.drafter import Asked
+from model.drafts.plan import DraftPlan
 from model.engine import (
     SEEKABLE_TOKENS,
     Buffer,
@@ -63,10 +65,11 @@ class TorchEngine:
         weights_digest: str,
         options: EngineOptions,
         ops: kernel_ops.ReferenceOps,
+        drafts: DraftPlan | None = None,
     ) -> None:
-        self._config = config
+        self._config, self._drafts = config, drafts
         self._codec = RowCodec(config, options.kv, ops)
-        self._layout = cache_layout(config, options.kv)
+        self._layout = cache_layout(config, options.kv, drafts)
         row_tile = None
         if options.numerics == "exact":
             row_tile = check_machine(config, tensors, DTYPES[options.dtype])
@@ -78,6 +81,7 @@ class TorchEngine:
                 codec=self._codec,
                 dtype=DTYPES[options.dtype],
                 row_tile=row_tile,
+                drafts=drafts,
             )
         self._threads = torch.get_num_threads() if options.numerics == "exact" else None
         self._owner = object()
@@ -97,6 +101,7 @@ class TorchEngine:
                 f"torch {torch.__version__} cpu, {config.layers} layers, kv {options.kv.value}, "
                 f"{options.dtype}"
             ),
+            draft_tokens=drafts.tokens if drafts else 0,
         )
 
     @property
@@ -108,12 +113,12 @@ class TorchEngine:
         return len(self._open)
 
     def bytes_for(self, tokens: int) -> int:
-        return cache_bytes(self._config, tokens)
+        return cache_bytes(self._config, tokens, self._drafts)
 
     def open(self, capacity: int) -> SequenceCache:
         if not 0 < capacity <= self._info.max_model_len:
             raise ValueError(f"capacity {capacity} is outside 1..{self._info.max_model_len}")
-        sequence = SequenceCache(self._config, capacity, owner=self._owner)
+        sequence = SequenceCache(self._config, capacity, owner=self._owner, drafts=self._drafts)
         self._open[id(sequence)] = sequence
         return sequence
 
@@ -193,9 +198,16 @@ class TorchEngine:
 
     @torch.inference_mode()
     def draft(self, requests: Seq[DraftRequest]) -> list[list[int]]:
-        if requests:
-            raise ValueError("this engine was opened without drafts")
-        return []
+        most = self._info.draft_tokens
+        asked = [Asked(self._live(request.sequence), request) for request in requests]
+        for item in asked:
+            if item.cache.position < 1 or not 0 <= item.request.count <= most:
+                raise ValueError(f"a draft needs a position of at least 1 and 0..{most} tokens")
+            if not 0 <= item.request.token < self._config.vocab_size:
+                raise ValueError(f"token {item.request.token} is outside the vocabulary")
+        asking = [item for item in asked if item.request.count]
+        drafts = iter(self._network.draft(asking) if asking else [])
+        return [next(drafts) if item.request.count else [] for item in asked]
 
     @torch.inference_mode()
     def export_block(self, sequence: Sequence, index: int) -> bytes:

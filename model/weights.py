@@ -34,14 +34,14 @@ class Weights:
     digest: str
 
 
-def load_weights(folder: Path | str, config: ModelConfig) -> Weights:
+def load_weights(folder: Path | str, config: ModelConfig, *, drafts: bool = False) -> Weights:
     """Read and check all tensors. One `ModelLoadError` sentence names everything that is wrong."""
     root = Path(folder)
-    expected = expected_tensors(config)
+    expected = expected_tensors(config, drafts=drafts)
     problems: list[str] = []
     tensors: dict[str, Tensor] = {}
     for name, path in _locations(root).items():
-        if name.startswith("mtp."):
+        if name.startswith("mtp.") and not drafts:
             continue
         if name not in expected:
             if name.endswith(".scale") and name.removesuffix(".scale") + ".weight" in expected:
@@ -59,6 +59,11 @@ def load_weights(folder: Path | str, config: ModelConfig) -> Weights:
             problems.append(f"{name} names experts outside 0..{config.experts - 1}")
     _refuse(root, problems, known=set(expected))
     return Weights(tensors, _digest(tensors))
+
+
+def has_draft_module(folder: Path | str) -> bool:
+    """Whether the folder holds any tensor of it; its config may name one that was left out."""
+    return any(name.startswith("mtp.") for name in _locations(Path(folder)))
 
 
 def _within(table: Tensor, experts: int) -> bool:

@@ -77,16 +77,9 @@ class Attention:
 
     def absorb(self, rows: Rows, caches: Sequence[LayerCache], x_RD: Tensor) -> list[Tensor]:
         """Write window rows, entries and carries; returns each span's known window rows."""
-        ops, w = self._ops, self._w
-        kv = ops.rms_norm(w.wkv(x_RD), w.kv_norm_C, eps=self._eps)
-        kv = self._codec.round_kv(ops.rotate(kv, *rows.cos_sin(w.freq_P)))
-        histories = []
-        for span, cache in zip(rows.spans, caches, strict=True):
-            known = torch.cat((cache.window_WC, kv[span.rows]))
-            cache.window_WC = known[span.count :].clone()
-            if cache.trail is not None:
-                cache.trail.window_WC = known
-            histories.append(known)
+        kv = self.window_rows(rows, x_RD)
+        spans = zip(rows.spans, caches, strict=True)
+        histories = [cache.push(kv[span.rows]) for span, cache in spans]
         if self._compressor is not None:
             entries, carries = self._compressor.absorb(rows, x_RD, [c.carry for c in caches])
             values = entries.values_NC
@@ -101,6 +94,50 @@ class Attention:
             self._indexer.absorb(rows, caches, x_RD)
         return histories
 
+    def window_rows(self, rows: Rows, x_RD: Tensor) -> Tensor:
+        """[R, C]: key and value of each row, as the window keeps it."""
+        ops, w = self._ops, self._w
+        kv = ops.rms_norm(w.wkv(x_RD), w.kv_norm_C, eps=self._eps)
+        return self._codec.round_kv(ops.rotate(kv, *rows.cos_sin(w.freq_P)))
+
+    def _queries(self, rows: Rows, x_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """Low-rank queries [R, Q], and rotated ones [R, H, C]."""
+        ops, w = self._ops, self._w
+        qr = ops.rms_norm(w.wq_a(x_RD), w.q_norm_Q, eps=self._eps)
+        q = w.wq_b(qr).view(rows.padded, self._heads, self._dim)
+        return qr, ops.rotate(ops.rms_norm(q, None, eps=self._eps), *rows.cos_sin(w.freq_P))
+
+    def attend_around(self, rows: Rows, caches: Sequence[LayerCache], x_RD: Tensor) -> Tensor:
+        """DSpark (1.7): every row sees the whole window before its span, and all rows of its span.
+
+        All spans must have the same length. Changes no cache. Returns [R, D].
+        """
+        ops, spans = self._ops, rows.spans
+        own, window = spans[0].count, rows.window
+        _, q = self._queries(rows, x_RD)
+        kv = self.window_rows(rows, x_RD)
+        keys = torch.stack(
+            [torch.cat((c.window_WC, kv[s.rows])) for s, c in zip(spans, caches, strict=True)]
+        )
+        lacking = round_up(window + own, ROW_MULTIPLE) - window - own
+        keys = torch.nn.functional.pad(keys, (0, 0, 0, lacking))
+        known = torch.tensor([max(window - span.position, 0) for span in spans])
+        place = torch.arange(keys.shape[1])
+        hidden = (place < known[:, None]) | (place >= window + own)
+        flat = q[: rows.count].reshape(len(spans), own * self._heads, self._dim)
+        more = round_up(flat.shape[1], ROW_MULTIPLE) - flat.shape[1]
+        flat = torch.nn.functional.pad(flat, (0, 0, 0, more))
+        part = ops.tile_part(flat, keys, hidden[:, None], scale=self._scale)
+        shape, queries = (rows.count, self._heads), own * self._heads
+        part = Part(
+            part.top[:, :queries].reshape(shape),
+            part.norm[:, :queries].reshape(shape),
+            part.out[:, :queries].reshape(*shape, self._dim),
+        )
+        out, _, _ = ops.merge_parts([part], self._w.sink_H)
+        out = ops.pad_rows(out)
+        return self._project_out(ops.rotate(out, *rows.cos_sin(self._w.freq_P), inverse=True))
+
     def attend(
         self,
         rows: Rows,
@@ -112,9 +149,7 @@ class Attention:
     ) -> Attended:
         ops, w = self._ops, self._w
         cos_sin = rows.cos_sin(w.freq_P)
-        qr = ops.rms_norm(w.wq_a(x_RD), w.q_norm_Q, eps=self._eps)
-        q = w.wq_b(qr).view(rows.padded, self._heads, self._dim)
-        q = ops.rotate(ops.rms_norm(q, None, eps=self._eps), *cos_sin)
+        qr, q = self._queries(rows, x_RD)
         parts = [self._window_part(rows, q, histories)]
         picked: Tensor | None = None
         if self._indexer is not None:

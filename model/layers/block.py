@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kernels.ops import ReferenceOps
+from model.cache import LayerCache
 from model.layers.attention import Attended, Attention
 from model.layers.moe import Moe
 from model.rows import Rows
@@ -76,14 +77,17 @@ class Block:
         rows: Rows,
         tokens_R: Tensor,
         *,
-        wanted: Wanted | None,
-        evidence_rows: Sequence[int] | None,
+        wanted: Wanted | None = None,
+        evidence_rows: Sequence[int] | None = None,
+        caches: Sequence[LayerCache] | None = None,
     ) -> tuple[Tensor, Attended]:
-        """Streams after the block: of all rows, or of `wanted` only (the last block)."""
+        """Streams after the block: of all rows, or of `wanted` only (the last block).
+
+        `caches`, one a span, stand in for those of the spans' sequences (a draft's copies).
+        """
         ops = self._ops
-        caches = [span.cache.layers[self._layer] for span in rows.spans]
-        mixed = self._attn_hc.mix(ops, streams_RSD)
-        x = self._norm(self._attn_hc.collapse(ops, streams_RSD, mixed), self._attn_norm_D)
+        caches = caches or [span.cache.layers[self._layer] for span in rows.spans]
+        mixed, x = self._attention_input(streams_RSD)
         histories = self._attention.absorb(rows, caches, x)
         if wanted is not None:
             streams_RSD, mixed, x = (
@@ -91,12 +95,40 @@ class Block:
             )
             rows, tokens_R = wanted.rows, tokens_R.index_select(0, wanted.index)
             if evidence_rows is not None:
-                evidence_rows = range(rows.count)
+                evidence_rows = [span.row + span.count - 1 for span in rows.spans]
         attended = self._attention.attend(rows, caches, x, histories, evidence_rows=evidence_rows)
-        streams_RSD = self._attn_hc.expand(ops, streams_RSD, mixed, attended.y_RD)
+        return self._rest(streams_RSD, mixed, attended.y_RD, tokens_R), attended
+
+    def window_rows(self, streams_RSD: Tensor, rows: Rows) -> Tensor:
+        """[R, C]: what the block's window keeps of each row; no cache is touched."""
+        _, x = self._attention_input(streams_RSD)
+        return self._attention.window_rows(rows, x)
+
+    def around(
+        self, streams_RSD: Tensor, rows: Rows, tokens_R: Tensor, caches: Sequence[LayerCache]
+    ) -> Tensor:
+        """Streams of rows that see the window and each other (`Attention.attend_around`)."""
+        mixed, x = self._attention_input(streams_RSD)
+        y = self._attention.attend_around(rows, caches, x)
+        return self._rest(streams_RSD, mixed, y, tokens_R)
+
+    def context_rows(self, features_RD: Tensor, rows: Rows) -> Tensor:
+        """[R, C]: window rows of context features, which are no streams (DSpark, 1.7)."""
+        return self._attention.window_rows(rows, features_RD)
+
+    def _attention_input(self, streams_RSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients of the first hyper-connection, and what attention reads."""
+        mixed = self._attn_hc.mix(self._ops, streams_RSD)
+        collapsed = self._attn_hc.collapse(self._ops, streams_RSD, mixed)
+        return mixed, self._norm(collapsed, self._attn_norm_D)
+
+    def _rest(self, streams_RSD: Tensor, mixed: Tensor, y_RD: Tensor, tokens_R: Tensor) -> Tensor:
+        """Everything after the attention sublayer's output `y_RD`."""
+        ops = self._ops
+        streams_RSD = self._attn_hc.expand(ops, streams_RSD, mixed, y_RD)
         mixed = self._ffn_hc.mix(ops, streams_RSD)
         x = self._norm(self._ffn_hc.collapse(ops, streams_RSD, mixed), self._ffn_norm_D)
-        return self._ffn_hc.expand(ops, streams_RSD, mixed, self._moe(x, tokens_R)), attended
+        return self._ffn_hc.expand(ops, streams_RSD, mixed, self._moe(x, tokens_R))
 
     def _norm(self, x_RD: Tensor, weight_D: Tensor) -> Tensor:
         return self._ops.rms_norm(x_RD, weight_D, eps=self._eps).to(x_RD.dtype)
