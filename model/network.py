@@ -93,7 +93,7 @@ class Network:
         if self._drafter is not None:
             self._drafter.absorb(last, tapped, tokens.index_select(0, index))
         lasts = [span.row + span.count - 1 for span in (rows if every else last).spans]
-        if not every:
+        if not every and self._tail > 1:
             streams = self._ops.pad_rows(streams[lasts])
             lasts = list(range(len(lasts)))
         hidden = self._collapse(self._ops, streams)
