@@ -51,6 +51,7 @@ class ReferenceOps:
     fp4_round = staticmethod(rows.fp4_round)
     fp4_encode = staticmethod(rows.fp4_encode)
     fp4_decode = staticmethod(rows.fp4_decode)
+    activation_round = staticmethod(rows.activation_round)
     bf16_round = staticmethod(rows.bf16_round)
     index_scores = staticmethod(indexer.index_scores)
     select_visible = staticmethod(select.select_visible)

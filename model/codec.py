@@ -21,9 +21,17 @@ from model.layout import KvFormat
 class RowCodec:
     """Rounding, encoding and decoding of attention rows and index keys in one KV format."""
 
-    def __init__(self, config: ModelConfig, kv: KvFormat, ops: ReferenceOps) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        kv: KvFormat,
+        ops: ReferenceOps,
+        *,
+        index: KvFormat | None = None,
+    ) -> None:
+        """`index`: format of index keys, if it is not that of the other rows."""
         self._nope, self._dim, self._index_dim = config.nope_dim, config.head_dim, config.index_dim
-        self._kv, self._ops = kv, ops
+        self._kv, self._index, self._ops = kv, index or kv, ops
         self._signs = ops.hadamard_matrix(config.index_dim)
 
     def round_kv(self, x_RC: Tensor) -> Tensor:
@@ -39,7 +47,7 @@ class RowCodec:
         """Index queries and keys. Without FP4 the Hadamard rotation cancels and is left out
         (2.4).
         """
-        match self._kv:
+        match self._index:
             case KvFormat.FP8:
                 return self._ops.fp4_round(self._ops.hadamard(x_RC, self._signs))
             case KvFormat.BF16:
@@ -48,7 +56,7 @@ class RowCodec:
                 return x_RC
 
     def encode(self, x_RC: Tensor, *, index: bool) -> bytes:
-        match self._kv:
+        match self._index if index else self._kv:
             case KvFormat.FP8 if index:
                 return _bytes(self._ops.fp4_encode(x_RC))
             case KvFormat.FP8:
@@ -60,7 +68,7 @@ class RowCodec:
 
     def decode(self, payload: Buffer, rows: int, *, index: bool) -> Tensor:
         raw = torch.frombuffer(bytearray(payload), dtype=torch.uint8).view(rows, -1)
-        match self._kv:
+        match self._index if index else self._kv:
             case KvFormat.FP8 if index:
                 return self._ops.fp4_decode(raw, self._index_dim)
             case KvFormat.FP8:

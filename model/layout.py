@@ -55,13 +55,19 @@ def carry_channels(ratio: int, dim: int) -> int:
     return 2 * dim * (2 if ratio == CSA_RATIO else 1)
 
 
-def cache_layout(config: ModelConfig, kv: KvFormat, drafts: DraftPlan | None = None) -> CacheLayout:
+def cache_layout(
+    config: ModelConfig,
+    kv: KvFormat,
+    drafts: DraftPlan | None = None,
+    *,
+    index: KvFormat | None = None,
+) -> CacheLayout:
     """With drafts a state has their windows too, so that a decode worker drafts from its first
-    step on.
+    step on. `index`: format of index keys, if it is not that of the other rows.
     """
     kind = ComponentKind
     table: list[Component] = []
-    row, index_row = kv_row_bytes(config, kv), index_row_bytes(config, kv)
+    row, index_row = kv_row_bytes(config, kv), index_row_bytes(config, index or kv)
     for layer, ratio in enumerate(config.ratios):
         name = f"layers.{layer}."
         if ratio:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from kernels import ops as kernel_ops
+from model.cache import cache_bytes
 from model.config import ModelConfig
 from model.drafts.plan import plan_drafts
+from model.grid import Grid
 from model.layout import KvFormat
 from model.options import DTYPES, NUMERICS, EngineOptions
+from model.plan import Need, check_fit, free_host_bytes, weight_bytes, work_bytes
+from model.progress import Progress
+from model.rounding import Rounding, rounded_inputs
+from model.tensors import Expected, check_grid
 from model.torch_engine import TorchEngine
-from model.weights import has_draft_module, load_weights
+from model.weights import Checkpoint, open_checkpoint, read_weights, stored_bytes
 from penstock.errors import ModelLoadError
 
 
@@ -22,6 +29,7 @@ def load_engine(
     *,
     kv_cache_dtype: str = "fp8",
     dtype: str = "auto",
+    rounding: str = "auto",
     numerics: str = "exact",
     device: str = "cpu",
     max_model_len: int | None = None,
@@ -30,9 +38,11 @@ def load_engine(
 ) -> TorchEngine:
     """Load an official model folder. Raises `ModelLoadError` with one sentence.
 
+    `dtype` auto: bfloat16 for a quantised checkpoint, float32 for a plain one. `rounding`: see
+    `Rounding.choose`.
     Class `exact` sets torch to one thread: a product split over threads may round differently.
     """
-    kv = _choice("kv_cache_dtype", kv_cache_dtype, [k.value for k in KvFormat])
+    kv = KvFormat(_choice("kv_cache_dtype", kv_cache_dtype, [k.value for k in KvFormat]))
     chosen = _choice("dtype", dtype, ["auto", *DTYPES])
     numerics = _choice("numerics", numerics, list(NUMERICS))
     if device != "cpu":
@@ -48,16 +58,34 @@ def load_engine(
             f"max_model_len {limit} is outside 1..{config.max_positions}, "
             "the model's max_position_embeddings"
         )
-    options = EngineOptions(
-        kv=KvFormat(kv),
-        dtype="float32" if chosen == "auto" else chosen,
-        numerics=numerics,
-        max_model_len=limit,
-    )
-    if draft_tokens == "auto" and not has_draft_module(folder):
-        draft_tokens = 0
-    drafts = plan_drafts(config, draft_tokens, confidence=draft_confidence)
-    weights = load_weights(folder, config, drafts=drafts is not None)
+    grid = Grid()
+    checkpoint = open_checkpoint(folder, config)
+    with checkpoint.shards:
+        quantised = checkpoint.precision.quantised
+        if chosen == "auto":
+            chosen = "bfloat16" if quantised else "float32"
+        options = EngineOptions(
+            rounding=Rounding.choose(kv, rounding, quantised=quantised),
+            dtype=chosen,
+            numerics=numerics,
+            max_model_len=limit,
+        )
+        check_grid(config, grid, rounding=options.rounding.activations)
+        if draft_tokens == "auto" and not checkpoint.has_drafts:
+            draft_tokens = 0
+        drafts = plan_drafts(config, draft_tokens, confidence=draft_confidence)
+        if drafts is not None and not checkpoint.has_drafts:
+            raise ModelLoadError(
+                f"{folder} holds no draft module (mtp.* tensors); use --num-speculative-tokens 0"
+            )
+        table = checkpoint.backbone if drafts is None else checkpoint.table
+        _check_fit(
+            checkpoint, table, grid, options, lambda tokens: cache_bytes(config, tokens, drafts)
+        )
+        with Progress(f"Loading {Path(folder).name}", stored_bytes(checkpoint, table, grid)) as bar:
+            weights = read_weights(
+                checkpoint, dtype=DTYPES[chosen], grid=grid, drafts=drafts is not None, progress=bar
+            )
     if numerics == "exact":
         torch.set_num_threads(1)
     return TorchEngine(
@@ -66,7 +94,33 @@ def load_engine(
         weights_digest=weights.digest,
         options=options,
         ops=ops,
+        rounded=rounded_inputs(table),
         drafts=drafts,
+    )
+
+
+def _check_fit(
+    checkpoint: Checkpoint,
+    table: dict[str, Expected],
+    grid: Grid,
+    options: EngineOptions,
+    cache_of: Callable[[int], int],
+) -> None:
+    free = free_host_bytes()
+    if free is None:
+        return
+    need = Need(
+        weights=weight_bytes(table, grid, element_bytes=DTYPES[options.dtype].itemsize),
+        cache=cache_of(options.max_model_len),
+        work=work_bytes(checkpoint.config, grid),
+    )
+    check_fit(
+        str(checkpoint.shards.root),
+        need,
+        grid,
+        free=free,
+        max_model_len=options.max_model_len,
+        cache_of=cache_of,
     )
 
 

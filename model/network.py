@@ -25,6 +25,7 @@ from model.layers.head import HeadCollapse
 from model.layers.indexer import Indexer
 from model.layers.moe import Expert, Moe, Router
 from model.linear import Linear
+from model.rounding import Rounding
 from model.rows import Rows, Span
 
 
@@ -48,12 +49,19 @@ class Network:
         codec: RowCodec,
         dtype: torch.dtype,
         row_tile: int | None,
+        rounding: Rounding,
+        rounded: frozenset[str],
         drafts: DraftPlan | None = None,
     ) -> None:
+        """`tensors` is emptied on the way: a tensor that is stacked with others would else lie in
+        memory twice. `rounded` names the weights whose inputs may be rounded.
+        """
         self._config, self._ops, self._codec, self._dtype = config, ops, codec, dtype
         self._tensors, self._row_tile = tensors, row_tile
-        self._embed_VD = tensors["embed.weight"].to(dtype)
-        self._head = Linear(tensors["head.weight"].float(), row_tile)
+        self._rounding = rounding
+        self._rounded = rounded if rounding.activations else frozenset[str]()
+        self._embed_VD = tensors.pop("embed.weight").to(dtype)
+        self._head = Linear(tensors.pop("head.weight").float(), row_tile)
         self._collapse = self._head_collapse("")
         self._freqs: dict[bool, Tensor] = {}
         names = [f"layers.{layer}." for layer in range(config.layers)]
@@ -120,11 +128,15 @@ class Network:
 
     def _linear(self, *names: str, dtype: torch.dtype | None = None) -> Linear:
         """Several weights stacked along their outputs make one product."""
-        parts = [self._tensors[name].to(dtype or self._dtype) for name in names]
-        return Linear(torch.cat(parts).contiguous(), self._row_tile)
+        parts = [self._tensors.pop(name).to(dtype or self._dtype) for name in names]
+        weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+        rounds = names[0] in self._rounded
+        return Linear(
+            weight.contiguous(), self._row_tile, self._ops.activation_round if rounds else None
+        )
 
     def _vector(self, name: str) -> Tensor:
-        return self._tensors[name].float()
+        return self._tensors.pop(name).float()
 
     def _ratio(self, layer: int) -> int:
         """A draft's blocks follow the backbone's and have a window only."""
@@ -218,6 +230,7 @@ class Network:
                 heads=c.index_heads,
                 dim=c.index_dim,
                 topk=c.index_topk,
+                round_scores=self._rounding.scores,
             )
         return Attention(
             self._ops,
@@ -249,7 +262,7 @@ class Network:
         router = Router(
             gate=self._linear(name + "gate.weight", dtype=torch.float32),
             bias_E=None if hashed else self._vector(name + "gate.bias"),
-            table_VK=self._tensors[name + "gate.tid2eid"].long() if hashed else None,
+            table_VK=self._tensors.pop(name + "gate.tid2eid").long() if hashed else None,
         )
         return Moe(
             self._ops,

@@ -32,6 +32,7 @@ def open_engine(spec: ModelSpec) -> Engine:
         folder,
         kv_cache_dtype=spec.kv_cache_dtype,
         dtype=spec.dtype,
+        rounding=spec.rounding,
         numerics=spec.numerics,
         device="cpu" if spec.device == "auto" else spec.device,
         max_model_len=spec.max_model_len,

@@ -8,6 +8,7 @@ import torch
 
 from model.config import ModelConfig
 from model.layout import LAYOUT_VERSION, KvFormat
+from model.rounding import Rounding
 from penstock.blocks import BLOCK_TOKENS
 
 NUMERICS = ("exact", "fast")
@@ -16,10 +17,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class EngineOptions:
-    kv: KvFormat
+    rounding: Rounding
     dtype: str
     numerics: str
     max_model_len: int
+
+    @property
+    def kv(self) -> KvFormat:
+        """Format of cache rows."""
+        return self.rounding.kv
 
 
 def fingerprint_facts(
@@ -36,7 +42,7 @@ def fingerprint_facts(
     facts: dict[str, object] = {
         "weights": weights_digest,
         "config": config.facts(),
-        "kv": options.kv.value,
+        "rounding": options.rounding.facts(),
         "dtype": options.dtype,
         "numerics": options.numerics,
         "layout": layout,

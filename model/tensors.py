@@ -154,7 +154,8 @@ def check_grid(config: ModelConfig, grid: Grid, *, rounding: bool = False) -> No
             f"{c.experts} routed experts (n_routed_experts) cannot be cut over expert parallel "
             f"{grid.ep}"
         )
-    unit = FP8_TILE if rounding else 1
+    # FP4 stores two inputs in a byte.
+    unit = FP8_TILE if rounding else 2
     per = f" in groups of {FP8_TILE}" if rounding else ""
     for ways, who in ((grid.tp, f"tensor parallel {grid.tp}"), (grid.plane, plane)):
         # A width that fits one rank whole needs no alignment.
@@ -166,7 +167,7 @@ def check_grid(config: ModelConfig, grid: Grid, *, rounding: bool = False) -> No
             break
     if grid.plane > 1 and not c.o_groups % grid.plane:
         inputs = c.o_groups // grid.plane * c.o_rank
-        if inputs % unit:
+        if rounding and inputs % unit:
             wrong.append(
                 f"{c.o_groups} output groups of {c.o_rank} (o_lora_rank) cannot be cut{per} over "
                 f"{plane}"
@@ -204,6 +205,17 @@ def stored_parts(name: str, weight: Expected) -> dict[str, Stored]:
 
 def scale_name(name: str) -> str:
     return name.removesuffix(".weight") + ".scale"
+
+
+def held_in_fp32(name: str, weight: Expected) -> bool:
+    """What is computed in fp32 is kept so: norms, mHC, sinks, router, compressors, head (1.3)."""
+    return (
+        weight.kind is Kind.FP32
+        or len(weight.shape) == 1
+        or "compressor." in name
+        or name.endswith(".gate.weight")
+        or name == "head.weight"
+    )
 
 
 def parameters(table: dict[str, Expected]) -> int:

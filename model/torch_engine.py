@@ -65,11 +65,13 @@ class TorchEngine:
         weights_digest: str,
         options: EngineOptions,
         ops: kernel_ops.ReferenceOps,
+        rounded: frozenset[str] = frozenset(),
         drafts: DraftPlan | None = None,
     ) -> None:
         self._config, self._drafts = config, drafts
-        self._codec = RowCodec(config, options.kv, ops)
-        self._layout = cache_layout(config, options.kv, drafts)
+        index = options.rounding.index_rows
+        self._codec = RowCodec(config, options.kv, ops, index=index)
+        self._layout = cache_layout(config, options.kv, drafts, index=index)
         row_tile = None
         if options.numerics == "exact":
             row_tile = check_machine(config, tensors, DTYPES[options.dtype])
@@ -81,6 +83,8 @@ class TorchEngine:
                 codec=self._codec,
                 dtype=DTYPES[options.dtype],
                 row_tile=row_tile,
+                rounding=options.rounding,
+                rounded=rounded,
                 drafts=drafts,
             )
         self._threads = torch.get_num_threads() if options.numerics == "exact" else None

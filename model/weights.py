@@ -1,144 +1,341 @@
-"""Loading an official model folder: every tensor checked by name, shape and type
-(deepseek-v4.md 6).
+"""Loading an official model folder, or one rank's part of it (deepseek-v4.md 0, 5.1, 6).
 
-bf16 and fp32 tensors only; FP8 and FP4 weights are refused by name until their loader exists.
+Strict: every tensor of the folder is used or named in an error. Lazy: a weight is read in blocks of
+rows, only as far as this rank holds it, checked and converted at once into its place, so the peak
+of memory is what stays plus a few buffers. FP8 and FP4 weights become the compute type here, which
+is exact (model.formats).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.tensors import Expected, Kind, expected_tensors
+from model.digest import Share, TensorSum, add_shares, finish
+from model.formats import BadValueError, Fp4Decoder, Fp8Decoder, finite
+from model.grid import Grid
+from model.progress import Progress
+from model.shards import Entry, Shards, named
+from model.tensors import (
+    FP4_GROUP,
+    FP8_TILE,
+    Cut,
+    Expected,
+    Kind,
+    Precision,
+    check_grid,
+    expected_tensors,
+    held_in_fp32,
+    scale_name,
+    stored_parts,
+)
 from penstock.errors import ModelLoadError
 
-_FLOATS = {"BF16": torch.bfloat16, "F32": torch.float32}
-_INTEGERS = {"I64": torch.int64, "I32": torch.int32}
-_QUANTISED = {"F8_E4M3", "F8_E8M0", "I8", "U8", "F4"}
-_INDEX_FILE = "model.safetensors.index.json"
+Bytes = npt.NDArray[np.uint8]
+_EXPERT = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight$")
+_DENSE = ("attn.wq_a.weight", "attn.wq_b.weight", "attn.wkv.weight", "attn.wo_b.weight")
+_FP4_DTYPES = ("I8", "U8", "F4")
+_TORCH = {
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors as stored, by official name, and a digest of all names, shapes, types and bytes."""
+    """One rank's tensors by official name: FP8 and FP4 weights in the compute type, what is
+    computed in fp32 in fp32, tables int64.
+    """
 
     tensors: dict[str, Tensor]
-    digest: str
+    precision: Precision
+    share: Share
+    """This rank's part of the digest (model.digest)."""
+    headers: tuple[tuple[str, str, tuple[int, ...]], ...]
+    bytes_read: int
+
+    @property
+    def digest(self) -> str:
+        """Digest of the whole checkpoint, if this rank has read all of it."""
+        return self.digest_of([self.share])
+
+    def digest_of(self, shares: list[Share]) -> str:
+        """Digest of the whole checkpoint from the shares of all its ranks."""
+        return finish(self.headers, add_shares(shares))
 
 
-def load_weights(folder: Path | str, config: ModelConfig, *, drafts: bool = False) -> Weights:
-    """Read and check all tensors. One `ModelLoadError` sentence names everything that is wrong."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose headers fit its config. Nothing but headers has been read."""
+
+    config: ModelConfig
+    shards: Shards
+    precision: Precision
+    table: dict[str, Expected]
+    """Every weight that is there, with its drafts."""
+    has_drafts: bool
+
+    @property
+    def backbone(self) -> dict[str, Expected]:
+        return {name: w for name, w in self.table.items() if not name.startswith("mtp.")}
+
+
+def open_checkpoint(folder: Path | str, config: ModelConfig) -> Checkpoint:
+    """Read and check all headers. One `ModelLoadError` sentence names everything that is wrong."""
     root = Path(folder)
-    expected = expected_tensors(config, drafts=drafts)
+    shards = Shards.open(root)
+    found = shards.entries
+    precision = precision_of(found)
+    # A folder may come without its draft module, but not with a part of it.
+    drafts = config.draft is not None and any(name.startswith("mtp.") for name in found)
+    table = expected_tensors(config, precision, drafts=drafts)
+    stored = {
+        part: (kind, weight)
+        for name, weight in table.items()
+        for part, kind in stored_parts(name, weight).items()
+    }
     problems: list[str] = []
-    tensors: dict[str, Tensor] = {}
-    for name, path in _locations(root).items():
-        if name.startswith("mtp.") and not drafts:
+    for name, entry in found.items():
+        if name not in stored:
+            problems.append(_unexpected(name, config, table))
             continue
-        if name not in expected:
-            if name.endswith(".scale") and name.removesuffix(".scale") + ".weight" in expected:
-                problems.append(f"{name} is the scale of an FP8 or FP4 weight (not supported yet)")
-            else:
-                problems.append(f"{name} is unexpected")
-            continue
-        tensors |= _read(path, name, expected[name], problems)
-    problems += [f"{name} is missing" for name in expected if name not in tensors]
-    _refuse(root, problems, known=set(expected))
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            problems.append(f"{name} has values that are not finite")
-        elif not tensor.is_floating_point() and not _within(tensor, config.experts):
-            problems.append(f"{name} names experts outside 0..{config.experts - 1}")
-    _refuse(root, problems, known=set(expected))
-    return Weights(tensors, _digest(tensors))
+        kind, _ = stored[name]
+        shape = _shape_of(entry)
+        if entry.dtype not in kind.dtypes:
+            problems.append(f"{name} is {entry.dtype}, not {' or '.join(kind.dtypes)}")
+        elif shape != kind.shape:
+            problems.append(f"{name} is {list(shape)}, not {list(kind.shape)}")
+    problems += [f"{name} is missing" for name in stored if name not in found]
+    if problems:
+        shards.close()
+        raise ModelLoadError(f"{root} does not fit its config.json: {named(problems, 12)}")
+    return Checkpoint(config, shards, precision, table, drafts)
 
 
-def has_draft_module(folder: Path | str) -> bool:
-    """Whether the folder holds any tensor of it; its config may name one that was left out."""
-    return any(name.startswith("mtp.") for name in _locations(Path(folder)))
+def precision_of(entries: dict[str, Entry]) -> Precision:
+    """Formats by the types that most experts and most dense linears are stored in (5.1, T21).
 
-
-def _within(table: Tensor, experts: int) -> bool:
-    return int(table.min()) >= 0 and int(table.max()) < experts
-
-
-def _refuse(root: Path, problems: list[str], *, known: set[str]) -> None:
-    if not problems:
-        return
-    # A tensor that was refused for its shape or type is not missing as well.
-    named = {text.split(" ", 1)[0] for text in problems if not text.endswith("is missing")}
-    kept = [t for t in problems if not (t.endswith("is missing") and t.split(" ", 1)[0] in named)]
-    raise ModelLoadError(f"{root} does not fit its config.json: {'; '.join(kept)}")
-
-
-def _locations(root: Path) -> dict[str, Path]:
-    """Tensor name -> file: from the index if there is one; else `model.safetensors` alone if it is
-    there (other files beside it, such as an oracle's, are not the model); else from every file.
+    `expert_dtype` of the config is not asked: the first release does not have it.
     """
-    index = root / _INDEX_FILE
-    if index.exists():
+    experts = _most(entry.dtype for name, entry in entries.items() if _EXPERT.search(name))
+    dense = _most(entry.dtype for name, entry in entries.items() if name.endswith(_DENSE))
+    kind = Kind.FP8 if dense == "F8_E4M3" else Kind.BF16
+    if experts in _FP4_DTYPES:
+        return Precision(kind, Kind.FP4)
+    return Precision(kind, Kind.FP8 if experts == "F8_E4M3" else Kind.BF16)
+
+
+def _most(dtypes: Iterable[str]) -> str:
+    found = Counter(dtypes).most_common(1)
+    return found[0][0] if found else ""
+
+
+def _unexpected(name: str, config: ModelConfig, table: dict[str, Expected]) -> str:
+    weight = name.removesuffix(".scale") + ".weight"
+    if name.endswith(".scale") and weight in table:
+        return f"{name} is unexpected because {weight} is not stored as FP8 or FP4"
+    if name.startswith("mtp.") and config.draft is None:
+        return f"{name} is unexpected because config.json names no draft module"
+    return f"{name} is unexpected"
+
+
+def _shape_of(entry: Entry) -> tuple[int, ...]:
+    """F4 counts numbers; the release counts bytes of two numbers."""
+    if entry.dtype == "F4" and entry.shape:
+        return (*entry.shape[:-1], entry.shape[-1] // 2)
+    return entry.shape
+
+
+def load_weights(
+    folder: Path | str,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    grid: Grid | None = None,
+    drafts: bool = False,
+    rounding: bool = False,
+) -> Weights:
+    """Open the folder and read one rank's part. See `open_checkpoint` and `read_weights`."""
+    checkpoint = open_checkpoint(folder, config)
+    with checkpoint.shards:
+        check_grid(config, grid or Grid(), rounding=rounding)
+        return read_weights(checkpoint, dtype=dtype, grid=grid or Grid(), drafts=drafts)
+
+
+def read_weights(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    grid: Grid,
+    drafts: bool = False,
+    progress: Progress | None = None,
+) -> Weights:
+    """Read what this rank holds. Raises `ModelLoadError` that names the first bad tensor.
+
+    `drafts`: also the draft module, if the folder has one.
+    """
+    shards, config = checkpoint.shards, checkpoint.config
+    table = checkpoint.table if drafts else checkpoint.backbone
+    entries = shards.entries
+    order = sorted(table, key=lambda name: (entries[name].path, entries[name].at))
+    tensors: dict[str, Tensor] = {}
+    shares: list[Share] = []
+    for name in order:
+        weight = table[name]
+        part = weight.slices(grid)
+        if part is None:
+            continue
+        reader = _Reader(shards, name, weight, part, dtype, hashed=_counts(weight, part, grid))
         try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {str(name): root / str(file) for name, file in listed.items()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelLoadError(f"{index} cannot be read as a tensor index: {error!r}") from None
-    only = root / "model.safetensors"
-    files = [only] if only.exists() else sorted(root.glob("*.safetensors"))
-    found: dict[str, Path] = {}
-    for path in files:
-        for name in _names(path):
-            if name in found:
-                raise ModelLoadError(f"{name} is in both {found[name].name} and {path.name}")
-            found[name] = path
-    if not found:
-        raise ModelLoadError(f"{root} holds no *.safetensors file with tensors")
-    return found
+            tensors[name] = reader.read(config, progress)
+        except BadValueError as error:
+            raise ModelLoadError(
+                f"{shards.root} cannot be served: {name} {error}; get the file "
+                f"{entries[name].path.name} again"
+            ) from None
+        shares += reader.shares
+    headers = tuple(
+        (stored, entries[stored].dtype, entries[stored].shape)
+        for name in table
+        for stored in stored_parts(name, table[name])
+    )
+    return Weights(tensors, checkpoint.precision, add_shares(shares), headers, shards.bytes_read)
 
 
-def _names(path: Path) -> Iterator[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield from file.keys()
-    except (SafetensorError, OSError) as error:
-        raise ModelLoadError(f"{path} is not a whole safetensors file: {error}") from None
+def stored_bytes(checkpoint: Checkpoint, table: dict[str, Expected], grid: Grid) -> int:
+    """Bytes of the weights that a rank keeps, without scales: the end of the progress bar."""
+    total = 0
+    for name, weight in table.items():
+        shape = weight.local_shape(grid)
+        if shape is not None:
+            kept = checkpoint.shards.entries[name].size_bytes
+            for mine, whole in zip(shape, weight.shape, strict=True):
+                kept = kept * mine // whole
+            total += kept
+    return total
 
 
-def _read(path: Path, name: str, expected: Expected, problems: list[str]) -> dict[str, Tensor]:
-    """{name: tensor}, or nothing and a line in `problems`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            if name not in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                problems.append(f"{name} is listed in the index but not in {path.name}")
-                return {}
-            view = file.get_slice(name)
-            kind, shape = view.get_dtype(), tuple(view.get_shape())
-            integer = expected.kind is Kind.INT64
-            allowed = _INTEGERS if integer else _FLOATS
-            if kind in _QUANTISED and not integer:
-                problems.append(f"{name} is {kind} (FP8 and FP4 weights are not supported yet)")
-            elif kind not in allowed:
-                problems.append(f"{name} is {kind}, not {' or '.join(allowed)}")
-            elif shape != expected.shape:
-                problems.append(f"{name} is {list(shape)}, not {list(expected.shape)}")
-            else:
-                return {name: file.get_tensor(name)}
-    except (SafetensorError, OSError) as error:
-        raise ModelLoadError(f"{path} is not a whole safetensors file: {error}") from None
-    return {}
+def _counts(weight: Expected, part: tuple[slice, ...], grid: Grid) -> bool:
+    """Whether this rank adds the part to the digest: the first of its plane that holds it."""
+    before = (replace(grid, rank=rank) for rank in range(grid.plane_rank))
+    return all(weight.slices(other) != part for other in before)
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        total.update(tensor.view(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
+class _Reader:
+    """Reads one weight's part into its final tensor."""
+
+    def __init__(
+        self,
+        shards: Shards,
+        name: str,
+        weight: Expected,
+        part: tuple[slice, ...],
+        dtype: torch.dtype,
+        *,
+        hashed: bool,
+    ) -> None:
+        self._shards, self._name, self._weight, self._part = shards, name, weight, part
+        self._dtype = torch.float32 if held_in_fp32(name, weight) else dtype
+        self._hashed = hashed
+        self.shares: list[Share] = []
+
+    def read(self, config: ModelConfig, progress: Progress | None) -> Tensor:
+        entry = self._shards.entries[self._name]
+        weight, part = self._weight, self._part
+        convert: Callable[[Bytes, int], Tensor]
+        match weight.kind:
+            case Kind.FP8:
+                convert = Fp8Decoder(
+                    self._scales(FP8_TILE, FP8_TILE),
+                    self._dtype,
+                    row=part[0].start,
+                    column=part[1].start,
+                )
+            case Kind.FP4:
+                convert = Fp4Decoder(self._scales(1, FP4_GROUP), self._dtype, column=part[1].start)
+            case Kind.INT64:
+                convert = _table_of(entry, config.experts)
+            case _:
+                convert = _plain(entry)
+        shape = tuple(piece.stop - piece.start for piece in part)
+        kept = torch.int64 if weight.kind is Kind.INT64 else self._dtype
+        out = torch.empty(shape, dtype=kept)
+        columns = part[1] if len(part) > 1 else slice(0, 1)
+        width = weight.shape[1] if len(part) > 1 else 1
+        at = slice(
+            columns.start * entry.row_bytes // width, columns.stop * entry.row_bytes // width
+        )
+        total = self._sum(self._name, entry.row_bytes)
+        first = part[0].start
+        for row, raw in self._shards.blocks(entry, first, part[0].stop):
+            mine = raw[:, at]
+            if total is not None:
+                total.add(mine, row=row, byte=at.start)
+            values = convert(mine, row - first)
+            out[row - first : row - first + len(raw)] = values.view(len(raw), *shape[1:])
+            if progress is not None:
+                progress.add(mine.size)
+        if total is not None:
+            self.shares.append(tuple(total.share))
+        return out
+
+    def _sum(self, name: str, row_bytes: int) -> TensorSum | None:
+        if not self._hashed:
+            return None
+        rows_only = (Cut.WHOLE, Cut.ROWS, Cut.VOCABULARY, Cut.EXPERT_ROWS)
+        return TensorSum(name, row_bytes, column_cut=self._weight.cut not in rows_only)
+
+    def _scales(self, tile_rows: int, tile_columns: int) -> Bytes:
+        """Scale codes of every tile that the part touches."""
+        name = scale_name(self._name)
+        entry = self._shards.entries[name]
+        rows, columns = (
+            slice(piece.start // tile, -(-piece.stop // tile))
+            for piece, tile in zip(self._part, (tile_rows, tile_columns), strict=True)
+        )
+        raw = self._shards.rows(entry, rows.start, rows.stop)[:, columns]
+        total = self._sum(name, entry.row_bytes)
+        if total is not None:
+            # A tile that a cut goes through counts where it begins.
+            top, left = (
+                int(piece.start % tile > 0)
+                for piece, tile in zip(self._part, (tile_rows, tile_columns), strict=True)
+            )
+            total.add(raw[top:, left:], row=rows.start + top, byte=columns.start + left)
+            self.shares.append(tuple(total.share))
+        return np.ascontiguousarray(raw)
+
+
+def _plain(entry: Entry) -> Callable[[Bytes, int], Tensor]:
+    """bf16 or fp32 as stored."""
+
+    def convert(raw: Bytes, first: int) -> Tensor:
+        values = torch.from_numpy(np.ascontiguousarray(raw)).view(_TORCH[entry.dtype])
+        if not finite(values):
+            raise BadValueError("has values that are not finite")
+        return values
+
+    return convert
+
+
+def _table_of(entry: Entry, experts: int) -> Callable[[Bytes, int], Tensor]:
+    """Expert numbers of a hash layer."""
+
+    def convert(raw: Bytes, first: int) -> Tensor:
+        values = torch.from_numpy(np.ascontiguousarray(raw)).view(_TORCH[entry.dtype])
+        if values.numel() and not (int(values.min()) >= 0 and int(values.max()) < experts):
+            raise BadValueError(f"names experts outside 0..{experts - 1}")
+        return values
+
+    return convert

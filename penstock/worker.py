@@ -32,6 +32,10 @@ class ModelSpec(BaseModel):
     served_name: str = ""
     kv_cache_dtype: str = "fp8"
     dtype: str = "auto"
+    rounding: str = "auto"
+    """Rounding points beside the cache rows: `auto`, `none`, or some of activations, index and
+    scores with commas between.
+    """
     numerics: str = "exact"
     device: str = "auto"
     max_model_len: int | None = None

@@ -8,7 +8,13 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli.options import DeviceOption, Dtype, KvCacheDtypeOption, NumericsOption
+from cluster.cli.options import (
+    DeviceOption,
+    Dtype,
+    KvCacheDtypeOption,
+    NumericsOption,
+    RoundingOption,
+)
 from cluster.cli.serve import text
 
 
@@ -32,6 +38,7 @@ def logits(
     kv_cache_dtype: KvCacheDtypeOption = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of weights and activations.")] = None,
     numerics: NumericsOption = None,
+    rounding: RoundingOption = None,
     device: DeviceOption = None,
 ) -> int:
     from cluster.config import resolve
@@ -42,6 +49,7 @@ def logits(
             "model.kv_cache_dtype": text(kv_cache_dtype),
             "model.dtype": text(dtype),
             "model.numerics": text(numerics),
+            "model.rounding": rounding,
             "model.device": text(device),
         }
     )

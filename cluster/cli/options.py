@@ -51,6 +51,14 @@ DeviceOption = Annotated[
 KvCacheDtypeOption = Annotated[
     KvCacheDtype | None, typer.Option("--kv-cache-dtype", help="Format of the KV cache.")
 ]
+RoundingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--rounding",
+        metavar="auto|none|LIST",
+        help="Rounding beside the cache: some of activations,index,scores; auto: as trained.",
+    ),
+]
 NumericsOption = Annotated[
     Numerics | None,
     typer.Option("--numerics", help="exact: the same token whichever way it came; fast: faster."),

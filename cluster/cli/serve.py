@@ -14,6 +14,7 @@ from cluster.cli.options import (
     KvCacheDtypeOption,
     Launcher,
     NumericsOption,
+    RoundingOption,
 )
 from penstock.errors import UsageError
 
@@ -70,6 +71,7 @@ def serve(
     redis_url: Annotated[str | None, typer.Option(help="Redis as the index.")] = None,
     journal_url: Annotated[str | None, typer.Option(help="Durable Redis for jobs.")] = None,
     numerics: NumericsOption = None,
+    rounding: RoundingOption = None,
     device: DeviceOption = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC batch service.")] = None,
     launcher: Launcher = None,
@@ -100,6 +102,7 @@ def serve(
             "decode.kv_memory_bytes": decode_kv_memory,
             "kvstore.redis_url": redis_url,
             "model.numerics": text(numerics),
+            "model.rounding": rounding,
             "model.device": text(device),
             "launcher.kind": text(launcher),
         },

@@ -16,6 +16,7 @@ from torch import Tensor
 
 FP8_GROUP = 64
 FP4_GROUP = 32
+ACTIVATION_GROUP = 128
 _FP8_MAX = 448.0
 _FP8_FLOOR = 1e-4
 _FP4_FLOOR = 6.0 * 2.0**-126
@@ -131,3 +132,20 @@ def fp4_decode(rows_RB: Tensor, dim: int) -> Tensor:
 
 def bf16_round(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16).float()
+
+
+def activation_round(x_RC: Tensor) -> Tensor:
+    """A linear's input to e4m3, one power-of-two scale per row and 128 channels, in x's type (5.2).
+
+    The values are exact in bfloat16, so a bfloat16 product of them is the release's, whose scales
+    are powers of two as well, but for the order of its sum.
+    """
+    rows, channels = x_RC.shape
+    x = x_RC.float()
+    if missing := -channels % ACTIVATION_GROUP:
+        x = F.pad(x, (0, missing))
+    x = x.view(rows, -1, ACTIVATION_GROUP)
+    exponent = _scale_exponent(x.abs().amax(-1, keepdim=True), _FP8_FLOOR, _FP8_TOP)
+    scaled = (x * _power_of_two(-exponent)).clamp_(-_FP8_MAX, _FP8_MAX)
+    values = scaled.to(torch.float8_e4m3fn).float() * _power_of_two(exponent)
+    return values.view(rows, -1)[:, :channels].to(x_RC.dtype)

@@ -37,11 +37,14 @@ class Indexer:
         heads: int,
         dim: int,
         topk: int,
+        round_scores: bool = False,
     ) -> None:
+        """`round_scores`: to bf16 before the top-k (5.3)."""
         self._ops, self._codec = ops, codec
         self._compressor = compressor
         self._wq_b, self._weights_proj = wq_b, weights_proj
         self._heads, self._dim, self._topk = heads, dim, topk
+        self._round_scores = round_scores
         self._scale = float(dim) ** -0.5 * float(heads) ** -0.5
 
     def absorb(self, rows: Rows, caches: Sequence[LayerCache], x_RD: Tensor) -> None:
@@ -86,5 +89,7 @@ class Indexer:
             scores = self._ops.index_scores(
                 q[part], weight[part], keys_EC[: round_up(max(int(seen[-1]), 1), KEY_TILE)], seen
             )
+            if self._round_scores:
+                scores = self._ops.bf16_round(scores)
             out[part] = self._ops.select_visible(scores, seen, self._topk)
             row = part.stop
