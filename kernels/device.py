@@ -7,8 +7,9 @@ signature. The CPU engine's finer ops are in `kernels.ops`.
 
 from __future__ import annotations
 
+from kernels.reference import compress, mhc_fused, mxfp4
 from kernels.reference import hadamard as signs
-from kernels.reference import mxfp4
+from kernels.reference import norm_rope as rope
 from kernels.reference import quantize_kv as kv_rows
 
 
@@ -24,3 +25,12 @@ class ReferenceDeviceOps:
     mxfp4_decode = staticmethod(mxfp4.mxfp4_decode)
     quantize_index = staticmethod(mxfp4.quantize_index)
     round_index = staticmethod(mxfp4.round_index)
+    norm_rope = staticmethod(rope.norm_rope)
+    norm_rope_quantize = staticmethod(rope.norm_rope_quantize)
+    compress_kv = staticmethod(compress.compress_kv)
+    compress_index = staticmethod(compress.compress_index)
+    keep_carry = staticmethod(compress.keep_carry)
+    mhc_pre = staticmethod(mhc_fused.mhc_pre)
+    mhc_post = staticmethod(mhc_fused.mhc_post)
+    mhc_boundary = staticmethod(mhc_fused.mhc_boundary)
+    mhc_head = staticmethod(mhc_fused.mhc_head)

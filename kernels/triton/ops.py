@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from kernels.device import ReferenceDeviceOps
+from kernels.triton import compress, mhc_fused, mxfp4
 from kernels.triton import hadamard as signs
-from kernels.triton import mxfp4
+from kernels.triton import norm_rope as rope
 from kernels.triton import quantize_kv as kv_rows
 
 
@@ -20,3 +21,12 @@ class TritonDeviceOps(ReferenceDeviceOps):
     mxfp4_decode = staticmethod(mxfp4.mxfp4_decode)
     quantize_index = staticmethod(mxfp4.quantize_index)
     round_index = staticmethod(mxfp4.round_index)
+    norm_rope = staticmethod(rope.norm_rope)
+    norm_rope_quantize = staticmethod(rope.norm_rope_quantize)
+    compress_kv = staticmethod(compress.compress_kv)
+    compress_index = staticmethod(compress.compress_index)
+    keep_carry = staticmethod(compress.keep_carry)
+    mhc_pre = staticmethod(mhc_fused.mhc_pre)
+    mhc_post = staticmethod(mhc_fused.mhc_post)
+    mhc_boundary = staticmethod(mhc_fused.mhc_boundary)
+    mhc_head = staticmethod(mhc_fused.mhc_head)

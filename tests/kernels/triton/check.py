@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import Phase, settings
 from torch import Tensor
 
 from kernels.device import ReferenceDeviceOps
@@ -10,6 +11,12 @@ from kernels.dispatch import load_device
 
 REFERENCE: ReferenceDeviceOps = load_device("cpu", "reference")
 TRITON: ReferenceDeviceOps = load_device("cpu", "triton")
+
+
+def examples(count: int) -> settings:
+    """So many drawn cases. No shrinking: a case takes up to a second in the interpreter."""
+    phases = (Phase.explicit, Phase.reuse, Phase.generate)
+    return settings(max_examples=count, deadline=None, phases=phases)
 
 
 class Draw:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.reference.hadamard import hadamard_matrix
 from kernels.reference.pages import IndexPages, KvPages
-from tests.kernels.triton.check import REFERENCE, TRITON, Draw, distance
+from tests.kernels.triton.check import REFERENCE, TRITON, Draw, distance, examples
 
 SEEDS = st.integers(0, 2**31)
 ROWS = st.sampled_from([1, 3, 8, 17, 65])
@@ -16,7 +16,7 @@ LAYOUTS = st.sampled_from([(512, 448, 2), (512, 448, 64), (128, 64, 7), (256, 19
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
-@settings(max_examples=12, deadline=None)
+@examples(12)
 @given(seed=SEEDS, rows=ROWS, layout=LAYOUTS, dtype=DTYPES)
 def test_kv_pages_hold_the_reference_bytes(
     seed: int, rows: int, layout: tuple[int, int, int], dtype: torch.dtype
@@ -37,7 +37,7 @@ def test_kv_pages_hold_the_reference_bytes(
     assert not back[1][slots < 0].any()
 
 
-@settings(max_examples=8, deadline=None)
+@examples(8)
 @given(seed=SEEDS, rows=ROWS, channels=st.sampled_from([32, 96, 128, 288]), dtype=DTYPES)
 def test_mxfp4_bytes_and_values_are_the_reference_s(
     seed: int, rows: int, channels: int, dtype: torch.dtype
@@ -51,7 +51,7 @@ def test_mxfp4_bytes_and_values_are_the_reference_s(
     )
 
 
-@settings(max_examples=6, deadline=None)
+@examples(6)
 @given(seed=SEEDS, rows=ROWS, channels=st.sampled_from([64, 128]))
 def test_hadamard_is_as_good_as_fp32(seed: int, rows: int, channels: int) -> None:
     x = Draw(seed).rows(rows, channels)
@@ -62,7 +62,7 @@ def test_hadamard_is_as_good_as_fp32(seed: int, rows: int, channels: int) -> Non
         assert distance(found[row], exact[row]) < 1e-6
 
 
-@settings(max_examples=8, deadline=None)
+@examples(8)
 @given(seed=SEEDS, rows=ROWS, page_rows=st.sampled_from([2, 64]))
 def test_index_rows_are_rotated_rounded_and_stored(seed: int, rows: int, page_rows: int) -> None:
     draw = Draw(seed)
@@ -79,7 +79,7 @@ def test_index_rows_are_rotated_rounded_and_stored(seed: int, rows: int, page_ro
     assert torch.equal(found, wanted)
 
 
-@settings(max_examples=8, deadline=None)
+@examples(8)
 @given(seed=SEEDS, rows=ROWS)
 def test_index_queries_in_e4m3_are_the_fp4_values(seed: int, rows: int) -> None:
     draw = Draw(seed)
