@@ -23,7 +23,7 @@ def rotated(x: Tensor, cos_RP: Tensor, sin_RP: Tensor, *, inverse: bool = False)
     cos, sin = cos_RP.view(shape).to(x.dtype), sin_RP.view(shape).to(x.dtype)
     sin = -sin if inverse else sin
     rope = 2 * cos_RP.shape[1]
-    pairs = x[..., x.shape[-1] - rope :].unflatten(-1, (-1, 2))
+    pairs = x[..., x.shape[-1] - rope :].reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
     return torch.cat((x[..., : x.shape[-1] - rope], turned), -1)

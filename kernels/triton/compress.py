@@ -24,7 +24,7 @@ _INDEX_WINDOWS = 16
 
 
 @triton.jit
-def _slot(
+def slot_rows(
     raw, carry, ape, last, before, position, sequence, back, column, inside, ring, ratio,
     X: tl.constexpr, C: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def _slot(
 
 
 @triton.jit
-def _finished(pooled, other, norm, cos, sin, window, eps, C: tl.constexpr, PAIRS: tl.constexpr):
+def finished(pooled, other, norm, cos, sin, window, eps, C: tl.constexpr, PAIRS: tl.constexpr):
     """Norm and RoPE of pooled rows [n, C]; `other` is the same with pairs swapped."""
     column = tl.arange(0, C)
     value = pooled.to(tl.bfloat16).to(tl.float32)
@@ -59,7 +59,7 @@ def _finished(pooled, other, norm, cos, sin, window, eps, C: tl.constexpr, PAIRS
 
 
 @triton.jit
-def _swapped(x, N: tl.constexpr, C: tl.constexpr):
+def swapped(x, N: tl.constexpr, C: tl.constexpr):
     even, odd = tl.split(tl.reshape(x, (N, C // 2, 2)))
     return tl.reshape(tl.join(odd, even), (N, C))
 
@@ -84,7 +84,7 @@ def _compress_kv(
     pooled = tl.zeros([C], tl.float32)
     for start in tl.range(0, SLOTS, TILE):
         back = SLOTS - 1 - start - tl.arange(0, TILE)
-        kv, score, valid = _slot(
+        kv, score, valid = slot_rows(
             raw, carry, ape, last, before, position, sequence, back[:, None], column[None, :],
             True, ring, RATIO, X, C, OVERLAP,
         )  # fmt: skip
@@ -96,7 +96,7 @@ def _compress_kv(
         top = new
     pooled = (pooled / total)[None, :]
     at = window + tl.arange(0, 1)
-    value = _finished(pooled, _swapped(pooled, 1, C), norm, cos, sin, at, eps, C, PAIRS)
+    value = finished(pooled, swapped(pooled, 1, C), norm, cos, sin, at, eps, C, PAIRS)
     store_kv(value, tl.load(slots + at), pages, page_bytes, page_rows, 1, C, NOPE)
 
 
@@ -120,7 +120,7 @@ def _compress_index(
     pooled = tl.zeros([WINDOWS, C], tl.float32)
     for slot in tl.range(0, SLOTS):
         back = tl.full([WINDOWS, 1], SLOTS - 1, tl.int32) - slot
-        kv, score, valid = _slot(
+        kv, score, valid = slot_rows(
             raw, carry, ape, last[:, None], before[:, None], position[:, None], sequence[:, None],
             back, column[None, :], there[:, None], ring, RATIO, X, C, OVERLAP,
         )  # fmt: skip
@@ -131,9 +131,9 @@ def _compress_index(
         pooled = pooled * shrink + weight * kv
         top = new
     pooled = pooled / tl.where(there[:, None], total, 1.0)
-    other = _swapped(pooled, WINDOWS, C)
+    other = swapped(pooled, WINDOWS, C)
     at = tl.minimum(window, count - 1)
-    value = _finished(pooled, other, norm, cos, sin, at, eps, C, PAIRS)
+    value = finished(pooled, other, norm, cos, sin, at, eps, C, PAIRS)
     code, exponent = fp4_codes(rotate_signs(value, load_signs(matrix, C), C), WINDOWS, C)
     slot = tl.load(slots + window, mask=there, other=-1)
     wanted = (slot >= 0)[:, None]

@@ -111,13 +111,13 @@ def _collapse(
             logits += tl.load(partial + first + cell[None, :], mask=real[:, None], other=0.0)
         logits = logits * factor[:, None] * tl.load(scale + 2)
         logits += tl.load(base + 2 * S + cell)[None, :]
-        mix = _sinkhorn(tl.reshape(logits, (TOKENS, S, S)), eps, ITERS)
+        mix = sinkhorn(tl.reshape(logits, (TOKENS, S, S)), eps, ITERS)
         place = row[:, None] * (S * S) + cell[None, :]
         tl.store(comb + place, tl.reshape(mix, (TOKENS, S * S)), mask=real[:, None])
 
 
 @triton.jit
-def _sinkhorn(mix, eps, ITERS: tl.constexpr):
+def sinkhorn(mix, eps, ITERS: tl.constexpr):
     """Softmax over the second index, then columns and rows in turn, columns last (4.1)."""
     mix = tl.exp(mix - tl.max(mix, 2)[:, :, None])
     mix = mix / tl.sum(mix, 2)[:, :, None] + eps

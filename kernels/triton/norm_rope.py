@@ -32,7 +32,7 @@ def turn(x, x_other, angle_row, cos, sin, C: tl.constexpr, PAIRS: tl.constexpr, 
 
 
 @triton.jit
-def _normed(
+def normed(
     x, weight, row, rows, cos, sin, heads, eps,
     C: tl.constexpr, PAIRS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def _norm_rope(
     ROWS: tl.constexpr, C: tl.constexpr, PAIRS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    value = _normed(x, weight, row, rows, cos, sin, heads, eps, C, PAIRS, WEIGHTED)
+    value = normed(x, weight, row, rows, cos, sin, heads, eps, C, PAIRS, WEIGHTED)
     at = row.to(tl.int64)[:, None] * C + tl.arange(0, C)[None, :]
     tl.store(out + at, value.to(out.dtype.element_ty), mask=(row < rows)[:, None])
 
@@ -67,7 +67,7 @@ def _norm_rope_quantize(
     ROWS: tl.constexpr, C: tl.constexpr, NOPE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    value = _normed(x, weight, row, rows, cos, sin, 1, eps, C, PAIRS, True)
+    value = normed(x, weight, row, rows, cos, sin, 1, eps, C, PAIRS, True)
     slot = tl.load(slots + row, mask=row < rows, other=-1)
     store_kv(value, slot, pages, page_bytes, page_rows, ROWS, C, NOPE)
 
