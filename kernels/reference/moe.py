@@ -22,13 +22,18 @@ def pick_experts(scores_RE: Tensor, bias_E: Tensor, k: int) -> Tensor:
     return topk_lowest(scores_RE + bias_E, k)
 
 
+# Below the smallest score fp32 can hold, sqrt(2^-149): it turns 0 / 0 into 0 and nothing else. A
+# floor of 1e-20 would shrink the weights of tokens whose chosen logits lie between -104 and -92.
+_LEAST_TOTAL = 1e-30
+
+
 def route_weights(scores_RE: Tensor, ids_RK: Tensor, *, scale: float) -> Tensor:
     """Normalised weights [R, K] of the chosen experts; the sum is floored (T9)."""
     chosen = scores_RE.gather(1, ids_RK)
     total = chosen[:, 0].clone()
     for slot in range(1, ids_RK.shape[1]):
         total += chosen[:, slot]
-    return chosen / total.clamp_min(1e-20)[:, None] * scale
+    return chosen / total.clamp_min(_LEAST_TOTAL)[:, None] * scale
 
 
 def swiglu(gate_up_RI: Tensor, *, limit: float) -> Tensor:

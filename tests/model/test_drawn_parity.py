@@ -22,6 +22,7 @@ from hypothesis import given, note
 from hypothesis import strategies as st
 
 from model.engine import Segment
+from model.layout import EVIDENCE_PAIRS
 from model.load import load_engine
 from model.torch_engine import TorchEngine
 from penstock.blocks import BLOCK_TOKENS
@@ -128,3 +129,40 @@ def test_random_models_agree_with_transformers_on_every_path(index_heads: tuple[
     book.report(f"index heads {index_heads}")
     # The excuse must stay the exception, or the test has lost its strength.
     assert book.rows["compared"] > 9 * book.rows["excused"]
+
+
+@drawn.examples(5)
+@given(
+    config=drawn.configs().filter(lambda c: 4 in c["ratios"]),
+    topk=st.integers(1, EVIDENCE_PAIRS),
+    start=st.integers(0, 300),
+    seed=st.integers(0, 999),
+)
+def test_evidence_is_the_oracles_selection_and_its_mass(
+    config: dict[str, Any], topk: int, start: int, seed: int
+) -> None:
+    """With at most 8 selected entries the evidence names all of them: the same set as the oracle's
+    top-k, and the same attention mass, at every position up to the first near tie.
+    """
+    with built({**config, "index_topk": topk}, seed) as source:
+        tokens = source.tokens(start + 12, seed)
+        seen = source.watched(tokens)
+        layer = max(seen.scores)
+        ties = (seen.margin_L < SLACK).nonzero()
+        until = int(ties[0]) if len(ties) else len(tokens)
+        engine = load_engine(source.folder, kv_cache_dtype="fp32", dtype="float32")
+        sequence = engine.open(len(tokens))
+        if start:
+            engine.forward([Segment(sequence, tokens[:start])])
+        for position in range(start, min(until, len(tokens))):
+            engine.forward([Segment(sequence, [tokens[position]])])
+            got = {e.end // 4 - 1: e for e in engine.evidence(sequence)}
+            score = seen.scores[layer][position]
+            chosen = score.topk(min(topk, len(score))).indices.tolist()
+            wanted = {e for e in chosen if score[e] > float("-inf")}
+            assert set(got) == wanted, position
+            for entry, found in got.items():
+                assert found.start == max(entry - 1, 0) * 4
+                mass = seen.mass[layer][position, entry].item()
+                assert abs(found.mass - mass) <= TOLERANCE, (position, entry)
+        engine.close()

@@ -69,32 +69,3 @@ def test_logits_agree_with_transformers_on_every_path(name: str, model: Models) 
             engine.release(sequence)
     print(f"\n{name}: worst difference {worst}, logits std {wanted.std():.2f}")
     assert max(worst.values()) <= TOLERANCE
-
-
-def test_bfloat16_stays_near_float32(model: Models) -> None:
-    source = model("ledger_like")
-    tokens = source.tokens(200)
-    rows = []
-    for dtype in ("float32", "bfloat16"):
-        engine = load_engine(source.folder, kv_cache_dtype="bf16", dtype=dtype)
-        sequence = engine.open(200)
-        engine.forward([Segment(sequence, tokens)])
-        rows.append(row(engine, sequence))
-    difference = (rows[0] - rows[1]).abs().mean().item()
-    print(f"mean difference {difference:.3f}, std {rows[0].std():.2f}")
-    assert difference < 0.15
-
-
-@pytest.mark.parametrize("name", ["all_kinds", "ledger_like"])
-def test_fp8_rows_move_the_logits_but_not_far(name: str, model: Models) -> None:
-    source = model(name)
-    tokens = source.tokens(300)
-    rows = []
-    for kv in ("fp32", "fp8"):
-        engine = load_engine(source.folder, kv_cache_dtype=kv)
-        sequence = engine.open(300)
-        engine.forward([Segment(sequence, tokens)])
-        rows.append(row(engine, sequence))
-    difference = (rows[0] - rows[1]).abs().mean().item()
-    print(f"mean difference {difference:.3f}, std {rows[0].std():.2f}")
-    assert 1e-4 < difference < 0.6
