@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from kvstore.codec import decode, digest_now, encode_prefix
 from kvstore.contracts import StoreObject
-from model.engine import Engine, Segment, Sequence
+from model.engine import Engine, EngineInfo, Segment, Sequence
 from model.open import open_engine
 from penstock.blocks import BLOCK_TOKENS, ObjectKind
 from penstock.errors import InvalidRequestError, UsageError
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
-def read_tokens(path: Path, vocab_size: int) -> list[int]:
-    """A JSON list of token ids. Raises `UsageError` naming the file and the first bad entry."""
+def read_tokens(path: Path, info: EngineInfo) -> list[int]:
+    """A JSON list of token ids. Raises `UsageError` naming the file and the first bad entry, or
+    `InvalidRequestError` if the model admits fewer tokens.
+    """
     try:
         tokens = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -35,10 +37,14 @@ def read_tokens(path: Path, vocab_size: int) -> list[int]:
     if not isinstance(tokens, list) or not tokens:
         raise UsageError(f"{path} must hold a JSON list with at least one token id")
     for at, token in enumerate(tokens):
-        if type(token) is not int or not 0 <= token < vocab_size:
+        if type(token) is not int or not 0 <= token < info.vocab_size:
             raise UsageError(
-                f"{path}: entry {at} is {token!r}, not a token id of 0..{vocab_size - 1}"
+                f"{path}: entry {at} is {token!r}, not a token id of 0..{info.vocab_size - 1}"
             )
+    if len(tokens) > info.max_model_len:
+        raise InvalidRequestError(
+            f"{path} holds {len(tokens)} tokens; this model admits at most {info.max_model_len}"
+        )
     return tokens
 
 
@@ -59,8 +65,8 @@ def run(
         raise UsageError(f"--chunk-tokens must be at least 1, not {chunk_tokens}")
     engine = open_engine(spec)
     try:
-        tokens = read_tokens(tokens_path, engine.info.vocab_size)
-        beside = read_tokens(batch_with, engine.info.vocab_size) if batch_with else None
+        tokens = read_tokens(tokens_path, engine.info)
+        beside = read_tokens(batch_with, engine.info) if batch_with else None
         split = len(tokens) if prefill_tokens is None else prefill_tokens
         if not 1 <= split <= len(tokens):
             raise UsageError(f"--prefill-tokens must be 1..{len(tokens)}, not {split}")

@@ -330,9 +330,7 @@ def _ratios(raw: dict[str, Any]) -> tuple[int, ...]:
             "it must list at least one ratio a layer"
         )
     for ratio in ratios[:layers]:
-        known = isinstance(ratio, int) and (
-            ratio == 0 or (ratio > 0 and _ALIGN_TOKENS % ratio == 0)
-        )
+        known = type(ratio) is int and (ratio == 0 or (ratio > 0 and _ALIGN_TOKENS % ratio == 0))
         if not known:
             raise ModelLoadError(
                 f"config.json has compress ratio {ratio!r}; a ratio is 0 (window only), 4 (CSA) "
