@@ -17,10 +17,11 @@ from tests.model.engine_contract import absorb, snapshot
 LENGTH = 1061
 Models = Callable[[str], oracle.OracleModel]
 FORMATS = [("fp8", "float32"), ("fp32", "float32"), ("fp8", "bfloat16")]
-CASES = [(name, *FORMATS[0]) for name in oracle.MODELS if name != "window_only"]
-CASES += [("all_kinds", *FORMATS[1]), ("ledger_like", *FORMATS[1]), ("all_kinds", *FORMATS[2])]
+# Other models, formats, schedules and lengths up to 640: test_drawn_exact.py.
+CASES = [(name, *FORMATS[0]) for name in ("all_kinds", "odd_window", "wide_window", "ledger_like")]
+CASES += [("all_kinds", *FORMATS[1]), ("ledger_like", *FORMATS[2])]
 # Multiples of 256, of 128, and positions with nothing to recommend them.
-RESTORED_AT = (3, 128, 256, 513, 640, 1024, 1055)
+RESTORED_AT = (3, 128, 513, 1024, 1055)
 
 
 def engine_of(model: Models, name: str, kv: str, dtype: str) -> tuple[TorchEngine, list[int]]:
@@ -36,7 +37,7 @@ def test_every_chunking_and_restore_gives_the_same_bits(
     sequence = engine.open(LENGTH)
     states = engine.forward([Segment(sequence, tokens, RESTORED_AT)])[0].states
     whole = snapshot(engine, sequence)
-    for chunk in (LENGTH, 128, 512, 391):
+    for chunk in (128, 391):
         assert snapshot(engine, absorb(engine, tokens, chunk=chunk)) == whole, f"chunk {chunk}"
     for position in RESTORED_AT:
         restored = engine.open(LENGTH)
@@ -45,13 +46,13 @@ def test_every_chunking_and_restore_gives_the_same_bits(
         engine.load_state(restored, position, states[position])
         engine.forward([Segment(restored, tokens[position:])])
         assert snapshot(engine, restored) == whole, f"restored at {position}"
-    print(f"{name} {kv} {dtype}: 4 chunkings and {len(RESTORED_AT)} restores, same bits")
+    print(f"{name} {kv} {dtype}: 2 chunkings and {len(RESTORED_AT)} restores, same bits")
 
 
 @pytest.mark.parametrize(("name", "kv"), [("all_kinds", "fp8"), ("ledger_like", "fp32")])
 def test_token_by_token_gives_the_same_bits(name: str, kv: str, model: Models) -> None:
     engine, tokens = engine_of(model, name, kv, "float32")
-    for start, end in ((0, 60), (230, 290)):
+    for start, end in ((0, 24), (240, 270)):
         whole = snapshot(engine, absorb(engine, tokens[:end], chunk=end))
         sequence = engine.open(end)
         engine.forward([Segment(sequence, tokens[:start])])
