@@ -22,6 +22,10 @@ _WINDOW_CHARS = 1 << 16
 _OVERLAP_CHARS = 1 << 12
 _AGREE_TOKENS = 64
 _BATCH_WINDOWS = 8
+ANSWER_MARKS = ("<think>", "</think>", "\uff5cDSML\uff5c")
+"""Control tokens that give an answer its structure. Decoded text always shows them: without them
+nobody could tell reasoning from answer, whatever flag the tokenizer file gives them.
+"""
 
 
 class Tokenizer(Protocol):
@@ -112,7 +116,7 @@ class HfTokenizer(_Decoding):
         content = model_files.read_json(path)
         hidden = set()
         for token in content.get("added_tokens", ()):
-            if token["special"]:
+            if token["special"] and token["content"] not in ANSWER_MARKS:
                 hidden.add(int(token["id"]))
             # Some control tokens (`<think>`) are not marked special so that they stay visible; in
             # user text they must be as inert as the others.

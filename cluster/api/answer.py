@@ -19,6 +19,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from cluster.api import errors
+from cluster.api.parts import AnswerParts
 from cluster.api.render import (
     KEEP_ALIVE,
     EvidenceText,
@@ -49,6 +50,8 @@ class Answer:
     render: Render
     evidence: EvidenceText | None
     tokens: TokenRecord | None
+    parts: AnswerParts | None
+    """None: the text is the content."""
     meter: RequestMeter
     stream: bool
     keep_alive_s: float
@@ -140,7 +143,9 @@ class AnswerResponse(Response):
                     extra = self._extra(event)
                     if event.text:
                         meter.text()
-                    if extra:
+                    if self._answer.parts is not None:
+                        await self._write_parts(self._answer.parts.feed(event), extra, wire)
+                    elif extra:
                         await wire.write(render.text_with(event.text, extra))
                     elif event.text:
                         await wire.write(render.text(event.text))
@@ -150,6 +155,16 @@ class AnswerResponse(Response):
                     await self._finish(event, wire)
                     return
         raise errors.unexpected()
+
+    async def _write_parts(
+        self, deltas: list[dict[str, Any]], extra: dict[str, Any], wire: _Wire
+    ) -> None:
+        """Extension fields go with the first delta, or alone."""
+        render = self._answer.render
+        if extra:
+            deltas = [{**deltas[0], **extra}, *deltas[1:]] if deltas else [extra]
+        if deltas:
+            await wire.write(b"".join(render.delta(delta) for delta in deltas))
 
     def _extra(self, chunk: TokenChunk) -> dict[str, Any]:
         """Extension fields that the client asked for; usually none."""
@@ -163,10 +178,13 @@ class AnswerResponse(Response):
 
     async def _finish(self, finish: Finish, wire: _Wire) -> None:
         answer = self._answer
-        last = answer.render.text(finish.text) if finish.text else b""
+        if answer.parts is None:
+            last = answer.render.text(finish.text) if finish.text else b""
+        else:
+            last = b"".join(answer.render.delta(delta) for delta in answer.parts.close(finish))
         timings = {**finish.timings, **answer.meter.timings()}
         answer.meter.end(finish.reason, finish.usage)
-        await wire.end(last + answer.render.closing(finish, timings))
+        await wire.end(last + answer.render.closing(finish, timings, answer.parts))
 
     async def _collect(self, wire: _Wire) -> None:
         answer = self._answer
@@ -176,15 +194,22 @@ class AnswerResponse(Response):
                 if isinstance(event, TokenChunk):
                     if event.text:
                         answer.meter.text()
+                    if answer.parts is not None:
+                        answer.parts.feed(event)
+                    elif event.text:
                         texts.append(event.text)
                     self._extra(event)
                 elif isinstance(event, Finish):
-                    text = "".join((*texts, event.text))
+                    if answer.parts is not None:
+                        answer.parts.close(event)
+                    else:
+                        texts.append(event.text)
                     timings = {**event.timings, **answer.meter.timings()}
                     found = answer.evidence.of_answer() if answer.evidence else None
                     answer.meter.end(event.reason, event.usage)
+                    message = answer.parts or "".join(texts)
                     await wire.whole(
-                        answer.render.whole(text, event, timings, found, answer.tokens)
+                        answer.render.whole(message, event, timings, found, answer.tokens)
                     )
                     return
         raise errors.unexpected()

@@ -9,7 +9,7 @@ import asyncio
 import codecs
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
 from cluster.contracts import Readiness, ServedModel, WorkerView
@@ -43,6 +43,9 @@ class FakePlan:
     """Before each chunk of the prompt."""
     token_pause_s: float = 0.0
     cached_tokens: int = 0
+    answer: Sequence[tuple[int, str]] | None = None
+    """Said instead of what the fake engine would: each token with the text that it shows. Ends with
+    `stop`, or with `length` if `max_tokens` comes first."""
     ready: bool = True
 
 
@@ -75,8 +78,14 @@ class FakeService:
             for start in range(0, total, _CHUNK_TOKENS):
                 await asyncio.sleep(self.plan.prefill_pause_s)
                 chunk = request.token_ids[start : start + _CHUNK_TOKENS]
-                self._engine.forward([Segment(sequence, chunk)])
+                if self.plan.answer is None:
+                    self._engine.forward([Segment(sequence, chunk)])
                 yield Progress(start + len(chunk), total, cached)
+            if self.plan.answer is not None:
+                for event in self._scripted(self.plan.answer, request, cached):
+                    await asyncio.sleep(self.plan.token_pause_s)
+                    yield event
+                return
             utf8 = codecs.getincrementaldecoder("utf-8")("replace")
             for index in range(request.stop.max_tokens):
                 await asyncio.sleep(self.plan.token_pause_s)
@@ -103,6 +112,16 @@ class FakeService:
         finally:
             self._engine.release(sequence)
             self.closed += 1
+
+    @staticmethod
+    def _scripted(
+        answer: Sequence[tuple[int, str]], request: Request, cached: int
+    ) -> Iterator[Event]:
+        said = answer[: request.stop.max_tokens]
+        for index, (token, text) in enumerate(said):
+            yield TokenChunk(index, (token,), text)
+        reason = "stop" if len(said) == len(answer) else "length"
+        yield Finish(reason, Usage(len(request.token_ids), cached, len(said)))
 
     def _break_if_asked(self, index: int) -> None:
         if index == self.plan.fail_after_tokens:

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from cluster.api.answer import Answer, AnswerResponse
 from cluster.api.intake import parse, read_body, state_of
+from cluster.api.parts import AnswerParts
 from cluster.api.render import ChatRender, EvidenceText, Render, TextRender, TokenRecord
 from cluster.api.schema import ChatBody, CompletionBody, Generation
 from cluster.api.state import ApiState
@@ -52,7 +53,7 @@ class _Chat:
 
     @staticmethod
     def encode(body: Any, state: ApiState, scope: bytes) -> Encoded:
-        return state.chat.encode(body.messages, body.tools, scope=scope)
+        return state.chat.encode(body.messages, body.chat_options(), scope=scope)
 
 
 class _Text:
@@ -144,6 +145,7 @@ def _plan(
         render=render,
         evidence=EvidenceText(tokenizer, prompt) if body.evidence else None,
         tokens=TokenRecord() if body.logits_digest else None,
+        parts=None if encoded.answer.plain else AnswerParts(encoded.answer),
         meter=state.telemetry.request(kind.endpoint, started_s),
         stream=bool(body.stream),
         keep_alive_s=state.config.keep_alive_s,

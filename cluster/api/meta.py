@@ -60,7 +60,8 @@ async def tokenize(request: Request) -> Response:
             raise InvalidRequestError("send either prompt or messages", param="prompt")
         if body.prompt is not None:
             return tokenizer.encode(body.prompt)
-        return chat.encode(body.messages or [], scope=tenant.encode()).token_ids
+        options = body.chat_options()
+        return chat.encode(body.messages or [], options, scope=tenant.encode()).token_ids
 
     tokens = await state.encode(work, len(raw))
     model = await state.model()

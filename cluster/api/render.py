@@ -8,8 +8,9 @@ from typing import Any
 
 import orjson
 
+from cluster.api.parts import AnswerParts
 from cluster.contracts import ServedModel
-from penstock.request import EvidenceSpan, Finish, Progress, TokenChunk, Usage
+from penstock.request import EvidenceSpan, Finish, Progress, TokenChunk
 from penstock.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
@@ -27,13 +28,17 @@ def sse(data: Mapping[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
-def usage_object(usage: Usage) -> dict[str, Any]:
+def usage_object(finish: Finish, parts: AnswerParts | None) -> dict[str, Any]:
+    usage = finish.usage
     cached = min(usage.cached_tokens, usage.prompt_tokens)
+    reasoning = parts.reasoning_tokens(finish) if parts is not None else None
+    details = {} if reasoning is None else {"reasoning_tokens": reasoning}
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
         "prompt_tokens_details": {"cached_tokens": cached},
+        **({"completion_tokens_details": details} if details else {}),
         "prompt_cache_hit_tokens": cached,
         "prompt_cache_miss_tokens": usage.prompt_tokens - cached,
     }
@@ -129,11 +134,17 @@ class Render:
         """A chunk of text with extension fields."""
         raise NotImplementedError
 
-    def closing(self, finish: Finish, timings: Mapping[str, float]) -> bytes:
+    def delta(self, delta: Mapping[str, Any]) -> bytes:
+        """A chunk of an answer that has parts."""
+        raise NotImplementedError
+
+    def closing(
+        self, finish: Finish, timings: Mapping[str, float], parts: AnswerParts | None = None
+    ) -> bytes:
         """The chunk with the reason, the usage if it is wanted, and the end mark."""
-        last = self._final(finish.reason, timings)
+        last = self._final(parts.reason(finish.reason) if parts else finish.reason, timings)
         if self._include_usage:
-            usage = usage_object(finish.usage)
+            usage = usage_object(finish, parts)
             last += sse({**self._chunk_head, "choices": [], "usage": usage, "timings": timings})
         return last + DONE
 
@@ -142,31 +153,34 @@ class Render:
 
     def whole(
         self,
-        text: str,
+        answer: str | AnswerParts,
         finish: Finish,
         timings: Mapping[str, float],
         evidence: list[dict[str, Any]] | None,
         tokens: TokenRecord | None = None,
     ) -> bytes:
         """The body of a response that is not streamed."""
+        parts = answer if isinstance(answer, AnswerParts) else None
         choice = {
             "index": 0,
-            **self._whole_choice(text, evidence),
+            **self._whole_choice(answer, evidence),
             **(tokens.of_answer() if tokens else {}),
             "logprobs": None,
-            "finish_reason": finish.reason,
+            "finish_reason": parts.reason(finish.reason) if parts else finish.reason,
         }
         return orjson.dumps(
             {
                 **self._head,
                 "object": self.whole_object,
                 "choices": [choice],
-                "usage": usage_object(finish.usage),
+                "usage": usage_object(finish, parts),
                 "timings": timings,
             }
         )
 
-    def _whole_choice(self, text: str, evidence: list[dict[str, Any]] | None) -> dict[str, Any]:
+    def _whole_choice(
+        self, answer: str | AnswerParts, evidence: list[dict[str, Any]] | None
+    ) -> dict[str, Any]:
         raise NotImplementedError
 
 
@@ -186,12 +200,18 @@ class ChatRender(Render):
     def text_with(self, text: str, extra: Mapping[str, Any]) -> bytes:
         return self._open({"content": text, **extra})
 
+    def delta(self, delta: Mapping[str, Any]) -> bytes:
+        return self._open(delta)
+
     def _final(self, reason: str, timings: Mapping[str, float]) -> bytes:
         choice: dict[str, Any] = {"delta": {}, "logprobs": None, "finish_reason": reason}
         return self._chunk(choice, timings=timings)
 
-    def _whole_choice(self, text: str, evidence: list[dict[str, Any]] | None) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    def _whole_choice(
+        self, answer: str | AnswerParts, evidence: list[dict[str, Any]] | None
+    ) -> dict[str, Any]:
+        said = {"content": answer} if isinstance(answer, str) else answer.message()
+        message: dict[str, Any] = {"role": "assistant", "refusal": None, **said}
         if evidence is not None:
             message["evidence"] = evidence
         return {"message": message}
@@ -211,5 +231,8 @@ class TextRender(Render):
         choice = {"text": "", "logprobs": None, "finish_reason": reason}
         return self._chunk(choice, timings=timings)
 
-    def _whole_choice(self, text: str, evidence: list[dict[str, Any]] | None) -> dict[str, Any]:
-        return {"text": text} if evidence is None else {"text": text, "evidence": evidence}
+    def _whole_choice(
+        self, answer: str | AnswerParts, evidence: list[dict[str, Any]] | None
+    ) -> dict[str, Any]:
+        assert isinstance(answer, str), "a completion has no parts"
+        return {"text": answer} if evidence is None else {"text": answer, "evidence": evidence}

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.api.errors import ForbiddenValueError
+from penstock.chat import ChatOptions
 from penstock.errors import InvalidRequestError
 from penstock.request import Sampling, StopRule
 
@@ -117,13 +118,84 @@ class Generation(Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatBody(Generation):
+class TemplateArguments(Body):
+    """What vLLM's clients send to the chat template."""
+
+    thinking: bool | None = None
+    enable_thinking: bool | None = None
+    """Another spelling of `thinking`."""
+    drop_thinking: bool | None = None
+    """Leave out the reasoning of earlier turns (unless there are tools); true unless given."""
+    task: str | None = None
+    """A quick task of DeepSeek-V4 instead of an answer, as `title` or `query`."""
+
+
+class Conversation(Body):
+    """What decides how messages become a prompt."""
+
+    tools: Items[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    """`auto` or `none`; `none` leaves the tools out of the prompt."""
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    """`none`, `minimal`, `low`, `medium`, `high`, `xhigh` or `max`; any but `none` means thinking.
+    What each adds to the prompt is the model's."""
+    chat_template_kwargs: TemplateArguments | None = None
+
+    def chat_options(self) -> ChatOptions:
+        """Raises `InvalidRequestError` for what cannot be promised."""
+        tools = tuple(self.tools or ())
+        for i, tool in enumerate(tools):
+            function = tool.get("function")
+            if isinstance(function, dict) and function.get("strict"):
+                raise ForbiddenValueError(
+                    f"tools[{i}].function.strict is not supported by this server; leave it out",
+                    param=f"tools[{i}].function.strict",
+                )
+        self._check_choice(bool(tools))
+        given = self.chat_template_kwargs or TemplateArguments()
+        if None not in (given.thinking, given.enable_thinking) and (
+            given.thinking != given.enable_thinking
+        ):
+            raise InvalidRequestError(
+                "chat_template_kwargs.thinking and enable_thinking contradict each other; send one",
+                param="chat_template_kwargs.enable_thinking",
+            )
+        return ChatOptions(
+            tools=() if self.tool_choice == "none" else tools,
+            thinking=given.enable_thinking if given.thinking is None else given.thinking,
+            effort=self.reasoning_effort,
+            drop_thinking=given.drop_thinking,
+            task=given.task,
+        )
+
+    def _check_choice(self, with_tools: bool) -> None:
+        choice = self.tool_choice
+        if isinstance(choice, dict) or choice == "required":
+            named = "of a named tool" if isinstance(choice, dict) else "'required'"
+            raise ForbiddenValueError(
+                f"tool_choice {named} is not supported: this server cannot force the model to "
+                "call; send 'auto' or 'none'",
+                param="tool_choice",
+            )
+        if choice not in (None, "auto", "none"):
+            raise InvalidRequestError(
+                f"tool_choice must be 'auto' or 'none', not {str(choice)[:40]!a}",
+                param="tool_choice",
+            )
+        if with_tools and self.parallel_tool_calls is False:
+            raise ForbiddenValueError(
+                "parallel_tool_calls = false is not supported: this server cannot hold the model "
+                "to one call; leave it out",
+                param="parallel_tool_calls",
+            )
+
+
+class ChatBody(Generation, Conversation):
     messages: Items[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: Items[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
     functions: Items[dict[str, Any]] | None = None
     response_format: dict[str, Any] | None = None
     modalities: Items[str] | None = None
@@ -172,7 +244,7 @@ class CompletionBody(Generation):
         return [token for token in prompt if isinstance(token, int)]
 
 
-class TokenizeBody(Body):
+class TokenizeBody(Conversation):
     prompt: str | None = None
     messages: Items[dict[str, Any]] | None = None
 

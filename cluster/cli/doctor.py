@@ -57,7 +57,7 @@ def _findings(config: ClusterConfig) -> Iterator[Finding]:
     yield _device(config.model.device)
     yield _memory(config)
     yield _port(config.front.host, config.front.port)
-    yield _model(config.model.model)
+    yield from _model(config.model.model)
     if config.kvstore.redis_url is not None:
         yield _redis(config.kvstore.redis_url)
 
@@ -125,18 +125,45 @@ def _port(host: str, port: int) -> Finding:
     return Finding(f"port {port} of {host} is free")
 
 
-def _model(model: str) -> Finding:
+def _model(model: str) -> Iterator[Finding]:
+    from penstock.chat import encoding_of
     from penstock.tokenizer import open_tokenizer
 
     try:
         tokenizer = open_tokenizer(model)
+        if tokenizer is None:
+            yield Finding(
+                f"the model '{model}' has no tokenizer.json", "add it; only `logits` works without"
+            )
+            return
+        yield Finding(f"model '{model}' with a vocabulary of {tokenizer.vocab_size}")
+        if encoding_of(model, tokenizer) == "deepseek_v4":
+            yield from _encoding(model)
     except PenstockError as error:
-        return Finding(error.message, "name a model folder, `ledger` or `fake`")
-    if tokenizer is None:
-        return Finding(
-            f"the model '{model}' has no tokenizer.json", "add it; only `logits` works without"
+        yield Finding(error.message, "name a model folder, `ledger` or `fake`")
+
+
+def _encoding(model: str) -> Iterator[Finding]:
+    """What the folder's `encoding/` gives, and whether its examples are what we write."""
+    from penstock.chat.goldens import replay
+    from penstock.chat.prompts import SOURCE, read_prompts
+    from penstock.folder import model_folder
+
+    folder = model_folder(model)
+    prompts = read_prompts(folder)
+    yield Finding(f"chat encoding of DeepSeek-V4, {prompts.generation} generation")
+    if prompts.tools is None or not prompts.efforts:
+        yield Finding(
+            f"{SOURCE} of the model does not give all texts: tools or some reasoning efforts will "
+            "be refused",
+            "put the release's encoding folder beside config.json",
+            fatal=False,
         )
-    return Finding(f"model '{model}' with a vocabulary of {tokenizer.vocab_size}")
+    for golden in replay(folder, prompts) if folder is not None else ():
+        if golden.fault:
+            yield Finding(golden.fault, "serve a release whose encoding is known")
+        else:
+            yield Finding(f"{golden.name} encodes as the release does ({golden.mode})")
 
 
 def _redis(url: str) -> Finding:

@@ -78,6 +78,7 @@ def serve(
 ) -> int:
     refuse_unbuilt({"--kv-disk": kv_disk, "--journal-url": journal_url, "--grpc-port": grpc_port})
     from cluster.config import resolve
+    from penstock.chat import check_encoding
     from penstock.folder import model_folder
 
     resolved = resolve(
@@ -110,6 +111,7 @@ def serve(
     )
     # Named here, before any process starts that could only fail on it.
     model_folder(resolved.config.model.model)
+    check_encoding(resolved.config.model.model)
     for name in (resolved.config.front.tls_cert, resolved.config.front.tls_key):
         if name is not None and not Path(name).is_file():
             raise UsageError(f"there is no TLS file '{name}'; check --tls-cert and --tls-key")

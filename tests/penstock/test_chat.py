@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.chat import ChatEncoder, DeepSeekV4Chat, LedgerChat, PlainChat, open_chat
+from penstock.chat import (
+    ChatEncoder,
+    ChatOptions,
+    DeepSeekV4Chat,
+    LedgerChat,
+    PlainChat,
+    open_chat,
+)
+from penstock.chat.deepseek_v4 import NEEDED
 from penstock.errors import InvalidRequestError, ModelLoadError
 from penstock.tokenizer import ByteTokenizer
 
@@ -20,11 +28,11 @@ class ControlTokenizer(ByteTokenizer):
     """Bytes plus DeepSeek's control tokens from 1000 on."""
 
     def token_id(self, token: str) -> int | None:
-        return 1000 + DeepSeekV4Chat.CONTROLS.index(token)
+        return 1000 + NEEDED.index(token) if token in NEEDED else None
 
     def _piece(self, token: int, specials: bool) -> bytes:
         if token >= 1000:
-            return DeepSeekV4Chat.CONTROLS[token - 1000].encode()
+            return NEEDED[token - 1000].encode()
         return super()._piece(token, specials)
 
 
@@ -84,7 +92,7 @@ def test_a_document_in_a_message_of_its_own_is_the_same_prompt() -> None:
 
 
 def test_deepseek_layout() -> None:
-    bos, eos, user, assistant, no_think = DeepSeekV4Chat.CONTROLS
+    bos, eos, user, assistant, no_think = NEEDED
     assert text_of(DEEPSEEK, ("system", "S"), ("user", "U"), ("assistant", "A"), ("user", "V")) == (
         f"{bos}S{user}U{assistant}{no_think}A{eos}{user}V{assistant}{no_think}"
     )
@@ -170,10 +178,24 @@ def test_wrong_messages_are_refused_by_place(messages: Any, param: str) -> None:
     assert caught.value.param == param
 
 
-def test_tools_are_refused() -> None:
-    with pytest.raises(InvalidRequestError) as caught:
-        PLAIN.encode([{"role": "user", "content": "a"}], [{"type": "function"}])
-    assert caught.value.param == "tools"
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"tools": ({"type": "function"},)}, "tools"),
+        ({"effort": "low"}, "reasoning_effort"),
+        ({"thinking": True}, "chat_template_kwargs.thinking"),
+        ({"task": "title"}, "chat_template_kwargs.task"),
+    ],
+)
+def test_what_a_text_family_does_not_have_is_refused_by_name(
+    options: dict[str, Any], param: str
+) -> None:
+    messages = [{"role": "user", "content": "a"}]
+    for chat in (PLAIN, LEDGER):
+        with pytest.raises(InvalidRequestError) as caught:
+            chat.encode(messages, ChatOptions(**options))
+        assert caught.value.param == param
+        assert chat.encode(messages, ChatOptions(thinking=False, effort="none")).answer.plain
 
 
 def test_the_model_folder_chooses_the_encoder(tmp_path: Path) -> None:

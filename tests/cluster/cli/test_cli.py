@@ -21,6 +21,7 @@ from cluster.config import FrontSection
 from penstock.chat import PlainChat
 from penstock.telemetry import Telemetry
 from penstock.tokenizer import ByteTokenizer
+from tests.penstock import v4_folder as v4
 
 COMMANDS = ("serve", "demo", "ask", "logits", "config", "doctor")
 
@@ -128,6 +129,23 @@ def test_doctor_finds_a_bad_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         penstock("doctor", PENSTOCK_MODEL__MODEL="fake", PENSTOCK_FRONT__PORT="0").returncode == 0
     )
+
+
+def test_doctor_and_serve_replay_the_examples_of_a_model_s_encoding(tmp_path: Path) -> None:
+    folder = v4.write_folder(tmp_path, goldens=v4.GOLDENS)
+    done = penstock("doctor", PENSTOCK_MODEL__MODEL=folder, PENSTOCK_FRONT__PORT="0")
+    assert done.returncode == 0
+    assert "ok   chat encoding of DeepSeek-V4, preview generation" in done.stdout
+    assert "ok   test_input_4.json encodes as the release does (chat)" in done.stdout
+    output = tmp_path / "encoding" / "tests" / "test_output_2.txt"
+    output.write_text(output.read_text() + "more")
+    done = penstock("doctor", PENSTOCK_MODEL__MODEL=folder, PENSTOCK_FRONT__PORT="0")
+    assert done.returncode == 1
+    assert "FAIL test_output_2.txt differs from character" in done.stdout
+    done = penstock("serve", folder)
+    assert done.returncode == 1
+    assert "test_output_2.txt differs from character" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="module")
