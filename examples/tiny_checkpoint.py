@@ -157,27 +157,34 @@ def _tiles(value: Tensor, rows: int, columns: int, largest: float) -> tuple[Tens
     missing = (0, wide * columns - value.shape[1], 0, high * rows - value.shape[0])
     padded = torch.nn.functional.pad(value, missing).view(high, rows, wide, columns)
     top = padded.abs().amax((1, 3)).clamp_min(2.0**-40).double()
-    exponent = torch.ceil(torch.log2(top / largest)).to(torch.int32)
+    # top / largest = mantissa * 2^power with 0.5 <= mantissa < 1: 2^power is not below it.
+    mantissa, power = torch.frexp(top / largest)
+    exponent = power - (mantissa == 0.5).to(torch.int32)
     each = exponent.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     return exponent, each[: value.shape[0], : value.shape[1]]
+
+
+def _power(exponent: Tensor) -> Tensor:
+    """2^exponent, by the bits of a float."""
+    return ((exponent + 127) << 23).view(torch.float32)
 
 
 def quantise_fp8(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """e4m3 codes [N, K], scale exponents [N / 128, K / 128], and the numbers."""
     exponent, each = _tiles(value, 128, 128, _FP8_MAX)
-    codes = torch.ldexp(value, -each).to(torch.float8_e4m3fn)
-    return codes, exponent, torch.ldexp(codes.float(), each)
+    codes = (value * _power(-each)).to(torch.float8_e4m3fn)
+    return codes, exponent, codes.float() * _power(each)
 
 
 def quantise_fp4(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """e2m1 codes int8 [N, K / 2], scale exponents [N, K / 32], and the numbers."""
     exponent, each = _tiles(value, 1, 32, _FP4_MAX)
     levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-    size = torch.ldexp(value, -each).abs()
-    code = (size[..., None] - levels).abs().argmin(-1)
+    size = (value * _power(-each)).abs()
+    code = torch.bucketize(size, (levels[1:] + levels[:-1]) / 2)
     signed = code + 8 * torch.signbit(value)
     packed = (signed[:, 0::2] | (signed[:, 1::2] << 4)).to(torch.uint8).view(torch.int8)
-    exact = torch.ldexp(levels[code] * torch.where(torch.signbit(value), -1.0, 1.0), each)
+    exact = levels[code] * torch.where(torch.signbit(value), -1.0, 1.0) * _power(each)
     return packed, exponent, exact
 
 

@@ -13,6 +13,12 @@ from penstock.errors import ModelLoadError
 from tests.model.oracle import official_config
 
 GOOD = official_config({"ratios": [0, 4, 128]})
+DSPARK = {
+    "dspark_block_size": 5,
+    "dspark_noise_token_id": 127,
+    "dspark_target_layer_ids": [0, 1, 2],
+    "dspark_markov_rank": 16,
+}
 
 
 def test_t22_ratios_are_cut_to_the_backbones_layers() -> None:
@@ -50,6 +56,14 @@ def test_t2_rope_base_and_yarn_are_chosen_per_layer() -> None:
         ({"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}, "deepseek_v3"),
         ({"model_type": "deepseek_v41"}, "V4.1"),
         ({"n_shared_experts": 2}, "n_shared_experts"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method"),
+        ({"quantization_config": {"weight_block_size": [32, 32]}}, "weight_block_size"),
+        ({"quantization_config": "fp8"}, "quantization_config"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers"),
+        ({"dspark_block_size": 5}, "lacks dspark_noise_token_id"),
+        ({**DSPARK, "dspark_target_layer_ids": [3]}, "dspark_target_layer_ids"),
+        ({**DSPARK, "dspark_noise_token_id": 128}, "dspark_noise_token_id 128"),
+        ({**DSPARK, "dspark_block_size": 0}, "dspark_block_size"),
     ],
 )
 def test_an_impossible_config_is_refused_by_name(change: dict[str, Any], words: str) -> None:
