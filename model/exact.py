@@ -7,7 +7,7 @@ and every row must come out bit for bit the same. If whole products fail, tiles 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +27,26 @@ _BATCH_TOTAL = 64
 _MOST_ELEMENTS = 1 << 22
 
 
-def row_tile_for(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int | None:
-    """None if products of (K, N) may take any multiple of 16 rows, else the tile that they need."""
+def row_tile_for(
+    shapes: Iterable[tuple[int, int]],
+    dtype: torch.dtype,
+    real: Mapping[tuple[int, int], Tensor] | None = None,
+) -> int | None:
+    """None if products of (K, N) may take any multiple of 16 rows, else the tile that they need.
+
+    `real`: weights [N, K] of some shapes, used in place of random ones: an output head's would be
+    gigabytes.
+    """
     wanted = sorted(set(shapes))
-    if all(_rows_alike(k, n, dtype, F.linear) for k, n in wanted):
+    weights = dict(real or {})
+    if all(_rows_alike(k, n, dtype, F.linear, weights.get((k, n))) for k, n in wanted):
         return None
 
     def tiled(x: Tensor, weight: Tensor) -> Tensor:
         return torch.cat([F.linear(part, weight) for part in torch.split(x, ROW_MULTIPLE)])
 
     for k, n in wanted:
-        if not _rows_alike(k, n, dtype, tiled):
+        if not _rows_alike(k, n, dtype, tiled, weights.get((k, n))):
             raise ModelLoadError(
                 f"this machine's {dtype} product of {k} x {n} depends on the row's place even in "
                 f"tiles of {ROW_MULTIPLE} rows; numerics class 'exact' is not possible here, "
@@ -65,12 +74,17 @@ def check_batches(shapes: Iterable[tuple[int, int, int]]) -> None:
 
 
 def _rows_alike(
-    k: int, n: int, dtype: torch.dtype, product: Callable[[Tensor, Tensor], Tensor]
+    k: int,
+    n: int,
+    dtype: torch.dtype,
+    product: Callable[[Tensor, Tensor], Tensor],
+    weight: Tensor | None,
 ) -> bool:
     generator = torch.Generator().manual_seed(k * 3 + n)
     total = max(96, min(_ROW_TOTAL, _MOST_ELEMENTS // max(k, n) // ROW_MULTIPLE * ROW_MULTIPLE))
     x = torch.randn((total, k), generator=generator).to(dtype)
-    weight = torch.randn((n, k), generator=generator).to(dtype)
+    if weight is None:
+        weight = torch.randn((n, k), generator=generator).to(dtype)
     whole = product(x, weight)
     for count in (c for c in _ROW_COUNTS if c < total):
         for first in {0, ROW_MULTIPLE, total - count}:
@@ -85,6 +99,7 @@ def check_machine(
 ) -> int | None:
     """Row tile for linears; raises if this machine cannot be exact (model.exact)."""
     shapes: dict[torch.dtype, set[tuple[int, int]]] = {torch.float32: set(), dtype: set()}
+    real: dict[torch.dtype, dict[tuple[int, int], Tensor]] = {torch.float32: {}, dtype: {}}
     for name, tensor in tensors.items():
         if tensor.dim() != 2 or not tensor.is_floating_point() or name == "embed.weight":
             continue
@@ -96,6 +111,8 @@ def check_machine(
         if "wo_a" in name:
             rows //= config.o_groups
         shapes[kind].add((inputs, rows))
+        if tensor.shape[0] == rows and tensor.dtype == kind:
+            real[kind].setdefault((inputs, rows), tensor)
     if config.last_csa_layer is not None:
         shapes[torch.float32] |= {(config.index_dim, INDEX_TILE), (config.index_dim,) * 2}
     heads = config.heads * QUERY_TILE
@@ -110,5 +127,5 @@ def check_machine(
         slots = round_up(config.index_topk, ROW_MULTIPLE)
         batches += [(few, config.head_dim, slots), (few, slots, config.head_dim)]
     check_batches(batches)
-    tiles = [row_tile_for(wanted, kind) for kind, wanted in shapes.items()]
+    tiles = [row_tile_for(wanted, kind, real[kind]) for kind, wanted in shapes.items()]
     return next((tile for tile in tiles if tile is not None), None)
