@@ -28,7 +28,7 @@ def load_device(
     """
     kind = torch.device(device).type
     asked = asked_backend(backend, environ)
-    if asked == "reference" or (asked == "auto" and kind != "cuda"):
+    if asked in ("reference", "native") or (asked == "auto" and kind != "cuda"):
         return ReferenceDeviceOps()
     if kind != "cuda" and environ.get(INTERPRETER_VARIABLE) != "1":
         raise BackendError(

@@ -5,71 +5,23 @@ A faster backend subclasses `ReferenceOps` and overrides what it has; the refere
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from kernels.reference import (
-    attention,
-    hadamard,
-    indexer,
-    lanes,
-    mhc,
-    moe,
-    norm,
-    pool,
-    rope,
-    rows,
-    select,
-)
+import torch
+
+from kernels.reference.ops import ReferenceOps
+
+__all__ = ["BACKEND_VARIABLE", "BackendError", "ReferenceOps", "asked_backend", "load", "suited"]
 
 BACKEND_VARIABLE = "PENSTOCK_KERNELS__BACKEND"
-_BACKENDS = ("auto", "triton", "reference")
+_BACKENDS = ("auto", "triton", "native", "reference")
+_log = logging.getLogger(__name__)
 
 
 class BackendError(ValueError):
     """The asked-for kernel backend cannot be used here. One sentence."""
-
-
-class ReferenceOps:
-    """Plain torch on any device that torch computes exactly on; `name` is part of the
-    fingerprint.
-    """
-
-    name = "reference-1"
-
-    pad_rows = staticmethod(lanes.pad_rows)
-    rms_norm = staticmethod(norm.rms_norm)
-    frequencies = staticmethod(rope.frequencies)
-    cos_sin = staticmethod(rope.cos_sin)
-    rotate = staticmethod(rope.rotate)
-    pool_windows = staticmethod(pool.pool_windows)
-    hadamard_matrix = staticmethod(hadamard.hadamard_matrix)
-    hadamard = staticmethod(hadamard.hadamard)
-    fp8_round = staticmethod(rows.fp8_round)
-    fp8_encode = staticmethod(rows.fp8_encode)
-    fp8_decode = staticmethod(rows.fp8_decode)
-    fp4_round = staticmethod(rows.fp4_round)
-    fp4_encode = staticmethod(rows.fp4_encode)
-    fp4_decode = staticmethod(rows.fp4_decode)
-    activation_round = staticmethod(rows.activation_round)
-    bf16_round = staticmethod(rows.bf16_round)
-    index_scores = staticmethod(indexer.index_scores)
-    select_visible = staticmethod(select.select_visible)
-    topk_lowest = staticmethod(select.topk_lowest)
-    tile_part = staticmethod(attention.tile_part)
-    dense_part = staticmethod(attention.dense_part)
-    merge_parts = staticmethod(attention.merge_parts)
-    entry_mass = staticmethod(attention.entry_mass)
-    mixing = staticmethod(mhc.mixing)
-    input_gates = staticmethod(mhc.input_gates)
-    output_gates = staticmethod(mhc.output_gates)
-    collapse = staticmethod(mhc.collapse)
-    expand = staticmethod(mhc.expand)
-    head_collapse = staticmethod(mhc.head_collapse)
-    route_scores = staticmethod(moe.route_scores)
-    pick_experts = staticmethod(moe.pick_experts)
-    route_weights = staticmethod(moe.route_weights)
-    swiglu = staticmethod(moe.swiglu)
 
 
 def asked_backend(backend: str | None, environ: Mapping[str, str]) -> str:
@@ -85,11 +37,32 @@ def asked_backend(backend: str | None, environ: Mapping[str, str]) -> str:
 def load(backend: str | None = None, *, environ: Mapping[str, str] = os.environ) -> ReferenceOps:
     """The CPU engine's ops of `backend` (default: `PENSTOCK_KERNELS__BACKEND`, else `auto`).
 
-    Triton's ops are coarser (`kernels.dispatch.load_device`). Raises BackendError.
+    `auto` is `native` where it can be compiled and the reference elsewhere (with a warning: the
+    two sets share no blocks). Triton's ops are coarser (`kernels.dispatch.load_device`). Raises
+    BackendError.
     """
-    if asked_backend(backend, environ) == "triton":
+    asked = asked_backend(backend, environ)
+    if asked == "triton":
         raise BackendError(
             "kernel backend 'triton' has no ops for the engine on a CPU; set "
-            f"{BACKEND_VARIABLE} to 'auto' or 'reference'"
+            f"{BACKEND_VARIABLE} to 'auto', 'native' or 'reference'"
         )
-    return ReferenceOps()
+    if asked == "reference":
+        return ReferenceOps()
+    from kernels.native.build import BuildError
+    from kernels.native.ops import NativeOps
+
+    try:
+        return NativeOps()
+    except BuildError as error:
+        if asked == "native":
+            raise BackendError(f"kernel backend 'native' is not possible here: {error}") from None
+        _log.warning("the slow reference kernels are used: %s", error)
+        return ReferenceOps()
+
+
+def suited(
+    ops: ReferenceOps, dtype: torch.dtype, *, streams: int, channels: Iterable[int]
+) -> ReferenceOps:
+    """`ops`, or the reference where a model's activation type or shapes are not theirs."""
+    return ops if ops.suits(dtype, streams, tuple(channels)) else ReferenceOps()

@@ -49,7 +49,7 @@ class RowCodec:
         """
         match self._index:
             case KvFormat.FP8:
-                return self._ops.fp4_round(self._ops.hadamard(x_RC, self._signs))
+                return self._ops.index_round(x_RC, self._signs)
             case KvFormat.BF16:
                 return self._ops.bf16_round(x_RC)
             case KvFormat.FP32:

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.reference.attend import QUERY_TILE
 from kernels.reference.indexer import KEY_TILE as INDEX_TILE
 from kernels.reference.lanes import ROW_MULTIPLE, round_up
 from model.cache import ENTRY_TILE
 from model.config import ModelConfig
-from model.rows import QUERY_TILE
 from penstock.errors import ModelLoadError
 
 _ROW_COUNTS = (16, 32, 48, 64, 80, 128, 144, 256)

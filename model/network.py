@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 from kernels.ops import ReferenceOps
+from kernels.reference.mhc import HyperWeights
 from model.codec import RowCodec
 from model.config import CSA_RATIO, ModelConfig
 from model.drafts.drafter import Asked, Drafter, Parts
 from model.drafts.open import open_drafter
 from model.drafts.plan import DraftPlan
 from model.layers.attention import Attention, AttentionWeights
-from model.layers.block import Block, HyperConnection, Wanted
+from model.layers.block import Block, Wanted
 from model.layers.compressor import Compressor
 from model.layers.head import HeadCollapse
 from model.layers.indexer import Indexer
 from model.layers.moe import Expert, Moe, Router
-from model.linear import Linear
+from model.linear import Linear, linear
 from model.rounding import Rounding
 from model.rows import Rows, Span
 
@@ -61,7 +62,7 @@ class Network:
         self._rounding = rounding
         self._rounded = rounded if rounding.activations else frozenset[str]()
         self._embed_VD = tensors.pop("embed.weight").to(dtype)
-        self._head = Linear(tensors.pop("head.weight").float(), row_tile)
+        self._head = linear(ops, tensors.pop("head.weight").float(), row_tile)
         self._collapse = self._head_collapse("")
         self._freqs: dict[bool, Tensor] = {}
         names = [f"layers.{layer}." for layer in range(config.layers)]
@@ -78,7 +79,7 @@ class Network:
         (which a sequence that leaves a trail needs).
         """
         c = self._config
-        rows = Rows([chunk.span for chunk in chunks], window=c.window)
+        rows = Rows([chunk.span for chunk in chunks], window=c.window, ops=self._ops)
         tokens = torch.tensor([token for chunk in chunks for token in chunk.tokens])
         index, last = rows.last_of_each(self._tail)
         wanted = None if every else Wanted(index, last)
@@ -128,12 +129,12 @@ class Network:
 
     def _linear(self, *names: str, dtype: torch.dtype | None = None) -> Linear:
         """Several weights stacked along their outputs make one product."""
+        rounds = self._ops.activation_round if names[0] in self._rounded else None
+        return linear(self._ops, self._stacked(*names, dtype=dtype), self._row_tile, rounds)
+
+    def _stacked(self, *names: str, dtype: torch.dtype | None = None) -> Tensor:
         parts = [self._tensors.pop(name).to(dtype or self._dtype) for name in names]
-        weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-        rounds = names[0] in self._rounded
-        return Linear(
-            weight.contiguous(), self._row_tile, self._ops.activation_round if rounds else None
-        )
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
 
     def _vector(self, name: str) -> Tensor:
         return self._tensors.pop(name).float()
@@ -153,7 +154,7 @@ class Network:
 
     def _head_collapse(self, name: str) -> HeadCollapse:
         return HeadCollapse(
-            fn=self._vector(name + "hc_head_fn"),
+            fn=self._ops.prepare_head(self._vector(name + "hc_head_fn").contiguous()),
             scale=self._vector(name + "hc_head_scale"),
             base=self._vector(name + "hc_head_base"),
             norm_D=self._vector(name + "norm.weight"),
@@ -190,31 +191,32 @@ class Network:
             ffn_hc=self._hyper(name + "hc_ffn"),
             attn_norm_D=self._vector(name + "attn_norm.weight"),
             ffn_norm_D=self._vector(name + "ffn_norm.weight"),
-            norm_eps=self._config.norm_eps,
         )
 
-    def _hyper(self, name: str) -> HyperConnection:
+    def _hyper(self, name: str) -> HyperWeights:
         c = self._config
-        return HyperConnection(
-            fn=self._vector(name + "_fn").contiguous(),
-            base=self._vector(name + "_base"),
-            scale=self._vector(name + "_scale"),
-            streams=c.streams,
-            iters=c.sinkhorn_iters,
-            eps=c.hc_eps,
-            norm_eps=c.norm_eps,
+        return self._ops.prepare_mhc(
+            HyperWeights(
+                fn=self._vector(name + "_fn").contiguous(),
+                base=self._vector(name + "_base"),
+                scale=self._vector(name + "_scale"),
+                streams=c.streams,
+                iters=c.sinkhorn_iters,
+                eps=c.hc_eps,
+                norm_eps=c.norm_eps,
+            )
         )
 
     def _attention(self, layer: int, name: str) -> Attention:
         c, ratio = self._config, self._ratio(layer)
-        groups = self._linear(name + "wo_a.weight").weight_NK.chunk(c.o_groups)
+        groups = self._stacked(name + "wo_a.weight").chunk(c.o_groups)
         weights = AttentionWeights(
             wq_a=self._linear(name + "wq_a.weight"),
             q_norm_Q=self._vector(name + "q_norm.weight"),
             wq_b=self._linear(name + "wq_b.weight"),
             wkv=self._linear(name + "wkv.weight"),
             kv_norm_C=self._vector(name + "kv_norm.weight"),
-            wo_a=tuple(Linear(part.contiguous(), self._row_tile) for part in groups),
+            wo_a=tuple(linear(self._ops, part, self._row_tile) for part in groups),
             wo_b=self._linear(name + "wo_b.weight"),
             sink_H=self._vector(name + "attn_sink"),
             freq_P=self._freq(layer),
@@ -239,7 +241,6 @@ class Network:
             ratio=ratio,
             heads=c.heads,
             head_dim=c.head_dim,
-            topk=c.index_topk,
             norm_eps=c.norm_eps,
             compressor=self._compressor(layer, name + "compressor.") if ratio else None,
             indexer=indexer,
@@ -262,7 +263,7 @@ class Network:
         router = Router(
             gate=self._linear(name + "gate.weight", dtype=torch.float32),
             bias_E=None if hashed else self._vector(name + "gate.bias"),
-            table_VK=self._tensors.pop(name + "gate.tid2eid").long() if hashed else None,
+            table_VK=self._hash_table(name) if hashed else None,
         )
         return Moe(
             self._ops,
@@ -273,6 +274,10 @@ class Network:
             route_scale=c.route_scale,
             limit=c.swiglu_limit,
         )
+
+    def _hash_table(self, name: str) -> Tensor:
+        """[V, K] with each token's experts ascending: the order in which outputs are added."""
+        return self._tensors.pop(name + "gate.tid2eid").long().sort(1).values.contiguous()
 
     def _expert(self, name: str) -> Expert:
         return Expert(

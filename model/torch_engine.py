@@ -70,18 +70,23 @@ class TorchEngine:
     ) -> None:
         self._config, self._drafts = config, drafts
         index = options.rounding.index_rows
+        dtype = DTYPES[options.dtype]
+        widths = (config.hidden, config.head_dim, config.rope_dim)
+        keys = (config.index_dim,) if config.last_csa_layer is not None else ()
+        ops = kernel_ops.suited(ops, dtype, streams=config.streams, channels=(*widths, *keys))
         self._codec = RowCodec(config, options.kv, ops, index=index)
         self._layout = cache_layout(config, options.kv, drafts, index=index)
         row_tile = None
-        if options.numerics == "exact":
-            row_tile = check_machine(config, tensors, DTYPES[options.dtype])
+        # Native kernels compute each row alone: there is nothing to check.
+        if options.numerics == "exact" and ops.row_multiple > 1:
+            row_tile = check_machine(config, tensors, dtype)
         with torch.inference_mode():
             self._network = Network(
                 config,
                 tensors,
                 ops=ops,
                 codec=self._codec,
-                dtype=DTYPES[options.dtype],
+                dtype=dtype,
                 row_tile=row_tile,
                 rounding=options.rounding,
                 rounded=rounded,

@@ -34,7 +34,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ps_product": (_P, _N, _N, _P, _B, _N, _N, _P, _N),
     "ps_enter": (_P, _N, _N, _P, _P, _P, _P, _F, _F, _N, _P, _P, _P),
     "ps_leave": (_P, _P, _P, _P, _N, _N, _P),
-    "ps_head": (_P, _N, _N, _P, _P, _P, _P, _F, _F, _P),
+    "ps_head": (_P, _N, _N, _P, _P, _P, _F, _F, _P),
     "ps_norm_rope": (_P, _N, _N, _N, _B, _P, _F, _P, _P, _N, _P),
     "ps_fp8_round": (_P, _N, _N, _N, _P),
     "ps_index_round": (_P, _N, _N, _P),
@@ -106,6 +106,10 @@ class NativeOps(ReferenceOps):
         alone = torch.cat([self.product(row[None], packed) for row in x])
         if not torch.equal(whole, alone) or not torch.allclose(whole, x @ w.t(), atol=1e-4):
             raise BuildError("the compiled kernels compute wrong products on this machine")
+
+    def suits(self, dtype: torch.dtype, streams: int, channels: tuple[int, ...]) -> bool:
+        """fp32, four streams and widths of whole vectors."""
+        return dtype == torch.float32 and streams == 4 and all(n % 16 == 0 for n in channels)
 
     def pad_rows(self, x: Tensor, *, multiple: int = 1) -> Tensor:
         return x if x.shape[0] else super().pad_rows(x, multiple=1)
@@ -184,19 +188,30 @@ class NativeOps(ReferenceOps):
         )
         return out
 
-    def head(self, streams_RSD: Tensor, gates: mhc.HyperWeights, norm_D: Tensor) -> Tensor:
+    def prepare_head(self, fn_SX: Tensor) -> Tensor:
+        return self.pack(fn_SX).panels.float()
+
+    def head_collapse(
+        self,
+        streams_RSD: Tensor,
+        fn_SX: Tensor,
+        scale_1: Tensor,
+        base_S: Tensor,
+        *,
+        norm_eps: float,
+        eps: float,
+    ) -> Tensor:
         x = streams_RSD.contiguous()
         out = torch.empty((x.shape[0], x.shape[2]))
         self._lib.ps_head(
             x.data_ptr(),
             x.shape[0],
             x.shape[2],
-            gates.fn.data_ptr(),
-            gates.scale.data_ptr(),
-            gates.base.data_ptr(),
-            norm_D.data_ptr(),
-            gates.norm_eps,
-            gates.eps,
+            fn_SX.data_ptr(),
+            scale_1.data_ptr(),
+            base_S.data_ptr(),
+            norm_eps,
+            eps,
             out.data_ptr(),
         )
         return out
@@ -267,9 +282,7 @@ class NativeOps(ReferenceOps):
         kv, score = kv_NSC.contiguous(), score_NSC.contiguous()
         count, slots, channels = kv.shape
         out = torch.empty((count, channels))
-        self._lib.ps_pool(
-            kv.data_ptr(), score.data_ptr(), count, slots, channels, out.data_ptr()
-        )
+        self._lib.ps_pool(kv.data_ptr(), score.data_ptr(), count, slots, channels, out.data_ptr())
         return out
 
     def attend(
@@ -346,7 +359,13 @@ class NativeOps(ReferenceOps):
         return mass
 
     def index_scores(
-        self, q_RHC: Tensor, weight_RH: Tensor, keys_EC: Tensor, visible_R: Tensor
+        self,
+        q_RHC: Tensor,
+        weight_RH: Tensor,
+        keys_EC: Tensor,
+        visible_R: Tensor,
+        *,
+        key_tile: int = _PANEL,
     ) -> Tensor:
         """[R, E]; what lies beyond a row's visible entries is undefined."""
         q, weight, visible = q_RHC.contiguous(), weight_RH.contiguous(), visible_R.contiguous()

@@ -5,12 +5,31 @@ Shape suffixes: R rows, S streams, D model width, M mixing outputs (S * (S + 2))
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kernels.reference.lanes import exp, sigmoid
+from kernels.reference.norm import rms_norm
+
+
+@dataclass(frozen=True)
+class HyperWeights:
+    """fp32 tensors of one instance and its constants; `fn` in the form that its ops take."""
+
+    fn: Tensor
+    base: Tensor
+    scale: Tensor
+    streams: int
+    iters: int
+    eps: float
+    norm_eps: float
+
+    def packed(self, fn: Tensor) -> HyperWeights:
+        return replace(self, fn=fn)
 
 
 def mixing(streams_RSD: Tensor, fn_MX: Tensor, *, norm_eps: float) -> Tensor:
@@ -104,3 +123,33 @@ def head_collapse(
     """Final collapse: sigmoid gates only, no Sinkhorn (4.4)."""
     mixed = mixing(streams_RSD, fn_SX, norm_eps=norm_eps).t().contiguous()
     return collapse(streams_RSD, sigmoid(mixed * scale_1 + base_S[:, None]) + eps)
+
+
+def prepare(gates: HyperWeights) -> HyperWeights:
+    return gates
+
+
+def prepare_head(fn_SX: Tensor) -> Tensor:
+    return fn_SX
+
+
+def enter(
+    streams_RSD: Tensor, gates: HyperWeights, norm_D: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Into a sublayer: its normed input [R, D], and what `leave` needs of each row (4.1, 4.2)."""
+    g = gates
+    mixed = mixing(streams_RSD, g.fn, norm_eps=g.norm_eps)
+    pre = input_gates(mixed, g.scale, g.base, streams=g.streams, eps=g.eps)
+    x = collapse(streams_RSD, pre).to(streams_RSD.dtype)
+    return rms_norm(x, norm_D, eps=g.norm_eps).to(streams_RSD.dtype), (mixed,)
+
+
+def leave(
+    streams_RSD: Tensor, gates: HyperWeights, mixed: tuple[Tensor, ...], y_RD: Tensor
+) -> Tensor:
+    """Out of a sublayer: the streams with its output y."""
+    g = gates
+    post, comb = output_gates(
+        mixed[0], g.scale, g.base, streams=g.streams, iters=g.iters, eps=g.eps
+    )
+    return expand(streams_RSD, y_RD.to(streams_RSD.dtype), post, comb)

@@ -36,6 +36,18 @@ def route_weights(scores_RE: Tensor, ids_RK: Tensor, *, scale: float) -> Tensor:
     return chosen / total.clamp_min(_LEAST_TOTAL)[:, None] * scale
 
 
+def route(
+    logits_RE: Tensor, bias_E: Tensor | None, table_RK: Tensor | None, k: int, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Expert ids [R, K], ascending, and their weights. `table_RK`: ids by hash, else by score."""
+    scores = route_scores(logits_RE)
+    if table_RK is not None:
+        ids = table_RK
+    else:
+        ids = pick_experts(scores, scores.new_zeros(()) if bias_E is None else bias_E, k)
+    return ids, route_weights(scores, ids, scale=scale)
+
+
 def swiglu(gate_up_RI: Tensor, *, limit: float) -> Tensor:
     """silu(min(gate, limit)) * clamp(up, -limit, limit) of [R, 2 I]; fp32. limit 0: no clamp."""
     gate, up = gate_up_RI.float().chunk(2, -1)

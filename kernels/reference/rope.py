@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.reference.lanes import full_lanes
+from kernels.reference.norm import rms_norm
 
 
 def frequencies(dim: int, theta: float, scaling: Mapping[str, float] | None) -> Tensor:
@@ -53,3 +54,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Ten
     out[..., -rope::2] = even * c - odd * s
     out[..., x.shape[-1] - rope + 1 :: 2] = even * s + odd * c
     return out
+
+
+def norm_rotate(
+    x: Tensor, weight_C: Tensor | None, cos: Tensor, sin: Tensor, *, eps: float
+) -> Tensor:
+    """RMS norm of the last dimension, then rotation; fp32."""
+    return rotate(rms_norm(x, weight_C, eps=eps), cos, sin)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.reference.hadamard import hadamard
+
 FP8_GROUP = 64
 FP4_GROUP = 32
 ACTIVATION_GROUP = 128
@@ -109,6 +111,11 @@ def _fp4_values(codes: Tensor, exponent: Tensor) -> Tensor:
 def fp4_round(x_RC: Tensor) -> Tensor:
     """e2m1 with one power-of-two scale per 32 channels; fp32 values."""
     return _fp4_values(*_fp4_codes(x_RC)).view(x_RC.shape)
+
+
+def index_round(x_RC: Tensor, signs_CC: Tensor) -> Tensor:
+    """Hadamard rotation, then `fp4_round` (2.4, 5.4)."""
+    return fp4_round(hadamard(x_RC, signs_CC))
 
 
 def fp4_row_bytes(dim: int) -> int:

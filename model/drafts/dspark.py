@@ -67,7 +67,7 @@ class DsparkDrafter:
             Span(item.cache, row * size, size, item.cache.position)
             for row, item in enumerate(asked)
         ]
-        rows = Rows(spans, window=p.window)
+        rows = Rows(spans, window=p.window, ops=p.ops)
         streams = p.ops.pad_rows(p.embed(ids)[:, None, :].repeat(1, p.streams, 1))
         for stage, block in enumerate(p.blocks):
             caches = [item.cache.layers[p.first_layer + stage] for item in asked]

@@ -62,7 +62,7 @@ class MtpDrafter:
         kv = streams.new_zeros((0, 0))
         if row:
             mixed = self._mix(torch.cat(inputs), torch.cat(following))
-            kv = self._block.window_rows(mixed, Rows(spans, window=p.window))
+            kv = self._block.window_rows(mixed, Rows(spans, window=p.window, ops=p.ops))
         self._store(rows, streams, [part.shape[0] for part in inputs], kv)
 
     def _store(self, rows: Rows, streams: Tensor, counts: Sequence[int], kv_RC: Tensor) -> None:
@@ -120,7 +120,10 @@ class MtpDrafter:
             for row, (item, position) in enumerate(zip(asked, positions, strict=True))
         ]
         out, _ = self._block(
-            self._mix(streams_RSD, ids), Rows(spans, window=self._p.window), ids, caches=caches
+            self._mix(streams_RSD, ids),
+            Rows(spans, window=self._p.window, ops=self._p.ops),
+            ids,
+            caches=caches,
         )
         return out
 

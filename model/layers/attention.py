@@ -16,18 +16,16 @@ import torch
 from torch import Tensor
 
 from kernels.ops import ReferenceOps
+from kernels.reference.attend import AttendSpan
 from kernels.reference.attention import Part
 from kernels.reference.lanes import ROW_MULTIPLE, round_up
-from model.cache import ENTRY_TILE, LayerCache
+from model.cache import LayerCache
 from model.codec import RowCodec
 from model.layers.compressor import Compressor
 from model.layers.indexer import Indexer
 from model.layout import EVIDENCE_PAIRS
 from model.linear import Linear
-from model.rows import QUERY_TILE, Rows, Span
-
-_MOST_FLOATS = 1 << 21
-_NO_KEY = -1e30
+from model.rows import Rows, Span
 
 
 @dataclass(frozen=True)
@@ -63,14 +61,12 @@ class Attention:
         ratio: int,
         heads: int,
         head_dim: int,
-        topk: int,
         norm_eps: float,
         compressor: Compressor | None,
         indexer: Indexer | None,
     ) -> None:
         self._ops, self._codec, self._w = ops, codec, weights
         self._ratio, self._heads, self._dim = ratio, heads, head_dim
-        self._slots = round_up(topk, ROW_MULTIPLE)
         self._eps = norm_eps
         self._scale = float(head_dim) ** -0.5
         self._compressor, self._indexer = compressor, indexer
@@ -97,15 +93,16 @@ class Attention:
     def window_rows(self, rows: Rows, x_RD: Tensor) -> Tensor:
         """[R, C]: key and value of each row, as the window keeps it."""
         ops, w = self._ops, self._w
-        kv = ops.rms_norm(w.wkv(x_RD), w.kv_norm_C, eps=self._eps)
-        return self._codec.round_kv(ops.rotate(kv, *rows.cos_sin(w.freq_P)))
+        cos_sin = rows.cos_sin(w.freq_P)
+        kv = ops.norm_rotate(w.wkv(x_RD), w.kv_norm_C, *cos_sin, eps=self._eps)
+        return self._codec.round_kv(kv)
 
     def _queries(self, rows: Rows, x_RD: Tensor) -> tuple[Tensor, Tensor]:
         """Low-rank queries [R, Q], and rotated ones [R, H, C]."""
         ops, w = self._ops, self._w
         qr = ops.rms_norm(w.wq_a(x_RD), w.q_norm_Q, eps=self._eps)
         q = w.wq_b(qr).view(rows.padded, self._heads, self._dim)
-        return qr, ops.rotate(ops.rms_norm(q, None, eps=self._eps), *rows.cos_sin(w.freq_P))
+        return qr, ops.norm_rotate(q, None, *rows.cos_sin(w.freq_P), eps=self._eps)
 
     def attend_around(self, rows: Rows, caches: Sequence[LayerCache], x_RD: Tensor) -> Tensor:
         """DSpark (1.7): every row sees the whole window before its span, and all rows of its span.
@@ -150,135 +147,45 @@ class Attention:
         ops, w = self._ops, self._w
         cos_sin = rows.cos_sin(w.freq_P)
         qr, q = self._queries(rows, x_RD)
-        parts = [self._window_part(rows, q, histories)]
         picked: Tensor | None = None
         if self._indexer is not None:
             picked = self._indexer.select(rows, caches, x_RD, qr, cos_sin)
-            parts.append(self._selected_part(rows, caches, q, picked))
-        elif self._compressor is not None:
-            parts.append(self._heavy_part(rows, caches, q))
-        out, top, norm = ops.merge_parts(parts, w.sink_H)
+        spans = [
+            AttendSpan(span.row, span.count, span.position, history, cache.entries_EC)
+            for span, history, cache in zip(rows.spans, histories, caches, strict=True)
+        ]
+        out, top, norm = ops.attend(
+            q,
+            spans,
+            w.sink_H,
+            window=rows.window,
+            ratio=self._ratio,
+            picked_RK=picked,
+            scale=self._scale,
+        )
         y = self._project_out(ops.rotate(out, *cos_sin, inverse=True))
         if picked is None or evidence_rows is None:
             return Attended(y)
-        index = torch.tensor(evidence_rows)
-        owner = [_owner(rows.spans, row) for row in evidence_rows]
-        found = self._evidence(
-            [caches[i] for i in owner], q[index], picked[index], top[index], norm[index]
-        )
-        return Attended(y, found)
+        masses = [
+            ops.entry_masses(
+                q[row],
+                caches[_owner(rows.spans, row)].entries_EC,
+                picked[row],
+                top[row],
+                norm[row],
+                scale=self._scale,
+            )
+            for row in evidence_rows
+        ]
+        return Attended(y, self._evidence(masses, picked[list(evidence_rows)]))
 
-    def _window_part(self, rows: Rows, q_RHC: Tensor, histories: Sequence[Tensor]) -> Part:
-        """Tiles of 16 positions against the rows that any of them may see."""
-        q = rows.to_tiles(q_RHC).reshape(rows.tiles, QUERY_TILE * self._heads, self._dim)
-        keys = rows.window_tiles(histories)
-        hidden = rows.hidden_NQK.repeat_interleave(self._heads, 1)
-        floats = QUERY_TILE * self._heads * (rows.tile_keys + 2 * self._dim)
-        step = max(_MOST_FLOATS // floats, 1)
-        found = []
-        for at in range(0, rows.tiles, step):
-            mask = hidden if hidden.shape[0] == 1 else hidden[at : at + step]
-            tile = slice(at, at + step)
-            found.append(self._ops.tile_part(q[tile], keys[tile], mask, scale=self._scale))
-        part = found[0] if len(found) == 1 else _join(found)
-        flat = (rows.tiles * QUERY_TILE, self._heads)
-        return Part(
-            self._ops.pad_rows(rows.from_tiles(part.top.view(flat))),
-            self._ops.pad_rows(rows.from_tiles(part.norm.view(flat))),
-            self._ops.pad_rows(rows.from_tiles(part.out.view(*flat, self._dim))),
-        )
-
-    def _empty_part(self, rows: Rows) -> Part:
-        top = torch.full((rows.padded, self._heads), _NO_KEY)
-        return Part(top, torch.zeros_like(top), torch.zeros((rows.padded, self._heads, self._dim)))
-
-    def _heavy_part(self, rows: Rows, caches: Sequence[LayerCache], q_RHC: Tensor) -> Part:
-        """HCA: every complete entry, in tiles of 128 entries."""
-        whole = self._empty_part(rows)
-        visible = (rows.positions_R[: rows.count] + 1) // self._ratio
-        for span, cache in zip(rows.spans, caches, strict=True):
-            row, end = span.row, span.row + span.count
-            while row < end:
-                keys = round_up(max(int(visible[end - 1]), 1), ENTRY_TILE)
-                floats = self._heads * (keys + keys // ENTRY_TILE * self._dim)
-                tile = slice(row, min(row + max(_MOST_FLOATS // floats, ROW_MULTIPLE), end))
-                seen = visible[tile]
-                row = tile.stop
-                if not int(seen[-1]):
-                    continue
-                keys = round_up(int(seen[-1]), ENTRY_TILE)
-                count = seen.shape[0] * self._heads
-                part = self._ops.dense_part(
-                    self._ops.pad_rows(q_RHC[tile].reshape(count, self._dim)),
-                    cache.entries_EC[:keys].view(-1, ENTRY_TILE, self._dim),
-                    self._ops.pad_rows(seen.repeat_interleave(self._heads)),
-                    scale=self._scale,
-                )
-                whole.top[tile] = part.top[:count].view(-1, self._heads)
-                whole.norm[tile] = part.norm[:count].view(-1, self._heads)
-                whole.out[tile] = part.out[:count].view(-1, self._heads, self._dim)
-        return whole
-
-    def _selected_part(
-        self, rows: Rows, caches: Sequence[LayerCache], q_RHC: Tensor, picked_RK: Tensor
-    ) -> Part:
-        """CSA: the indexer's entries, gathered ascending into a fixed number of slots."""
-        whole = self._empty_part(rows)
-        step = max(_MOST_FLOATS // (self._slots * self._dim), 1)
-        for span, cache in zip(rows.spans, caches, strict=True):
-            for row in range(span.row, span.row + span.count, step):
-                tile = slice(row, min(row + step, span.row + span.count))
-                if int(picked_RK[tile.stop - 1, 0]) < 0:
-                    continue
-                keys, hidden = self._gather([cache], picked_RK[tile])
-                q = self._pad_heads(q_RHC[tile])
-                part = self._ops.tile_part(q, keys, hidden[:, None, :], scale=self._scale)
-                whole.top[tile] = part.top[:, : self._heads]
-                whole.norm[tile] = part.norm[:, : self._heads]
-                whole.out[tile] = part.out[:, : self._heads]
-        return whole
-
-    def _pad_heads(self, q_RHC: Tensor) -> Tensor:
-        missing = round_up(self._heads, ROW_MULTIPLE) - self._heads
-        return torch.nn.functional.pad(q_RHC, (0, 0, 0, missing)) if missing else q_RHC
-
-    def _gather(self, caches: Sequence[LayerCache], picked_RK: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [R, K, C] and which slots are unused; one cache for all rows, or one per row."""
-        missing = self._slots - picked_RK.shape[1]
-        padded = torch.nn.functional.pad(picked_RK, (0, missing), value=-1)
-        index = padded.clamp_min(0)
-        if len(caches) == 1:
-            keys = caches[0].entries_EC.index_select(0, index.view(-1))
-        else:
-            keys = torch.cat([c.entries_EC[row] for c, row in zip(caches, index, strict=True)])
-        return keys.view(-1, self._slots, self._dim), padded < 0
-
-    def _evidence(
-        self,
-        caches: Sequence[LayerCache],
-        q_RHC: Tensor,
-        picked_RK: Tensor,
-        top_RH: Tensor,
-        norm_RH: Tensor,
-    ) -> list[list[tuple[int, float]]]:
+    def _evidence(self, masses: list[Tensor], picked_RK: Tensor) -> list[list[tuple[int, float]]]:
         """Heaviest entries of each row: (entry, mass averaged over heads), ties to the lower
         entry.
         """
-        keys, hidden = self._gather(caches, picked_RK)
-        heads = round_up(self._heads, ROW_MULTIPLE)
-        pad = (0, heads - self._heads)
-        mass = self._ops.entry_mass(
-            self._pad_heads(q_RHC),
-            keys,
-            hidden,
-            torch.nn.functional.pad(top_RH, pad),
-            torch.nn.functional.pad(norm_RH, pad, value=1.0),
-            scale=self._scale,
-            heads=self._heads,
-        )
         found = []
-        for row, weights in zip(picked_RK.tolist(), mass.tolist(), strict=True):
-            pairs = [(e, m) for e, m in zip(row, weights, strict=False) if e >= 0 and m > 0.0]
+        for row, weights in zip(picked_RK.tolist(), torch.stack(masses).tolist(), strict=True):
+            pairs = [(e, m) for e, m in zip(row, weights, strict=True) if e >= 0 and m > 0.0]
             found.append(sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:EVIDENCE_PAIRS])
         return found
 
@@ -292,11 +199,3 @@ class Attention:
 
 def _owner(spans: Sequence[Span], row: int) -> int:
     return next(i for i, span in enumerate(spans) if span.row <= row < span.row + span.count)
-
-
-def _join(parts: list[Part]) -> Part:
-    return Part(
-        torch.cat([p.top for p in parts]),
-        torch.cat([p.norm for p in parts]),
-        torch.cat([p.out for p in parts]),
-    )

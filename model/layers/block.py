@@ -11,36 +11,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kernels.ops import ReferenceOps
+from kernels.reference.mhc import HyperWeights
 from model.cache import LayerCache
 from model.layers.attention import Attended, Attention
 from model.layers.moe import Moe
 from model.rows import Rows
-
-
-@dataclass(frozen=True)
-class HyperConnection:
-    """fp32 tensors of one mHC instance and its constants."""
-
-    fn: Tensor
-    base: Tensor
-    scale: Tensor
-    streams: int
-    iters: int
-    eps: float
-    norm_eps: float
-
-    def mix(self, ops: ReferenceOps, streams_RSD: Tensor) -> Tensor:
-        return ops.mixing(streams_RSD, self.fn, norm_eps=self.norm_eps)
-
-    def collapse(self, ops: ReferenceOps, streams_RSD: Tensor, mixed: Tensor) -> Tensor:
-        pre = ops.input_gates(mixed, self.scale, self.base, streams=self.streams, eps=self.eps)
-        return ops.collapse(streams_RSD, pre).to(streams_RSD.dtype)
-
-    def expand(self, ops: ReferenceOps, streams_RSD: Tensor, mixed: Tensor, y_RD: Tensor) -> Tensor:
-        post, comb = ops.output_gates(
-            mixed, self.scale, self.base, streams=self.streams, iters=self.iters, eps=self.eps
-        )
-        return ops.expand(streams_RSD, y_RD.to(streams_RSD.dtype), post, comb)
 
 
 @dataclass(frozen=True)
@@ -59,17 +34,15 @@ class Block:
         *,
         attention: Attention,
         moe: Moe,
-        attn_hc: HyperConnection,
-        ffn_hc: HyperConnection,
+        attn_hc: HyperWeights,
+        ffn_hc: HyperWeights,
         attn_norm_D: Tensor,
         ffn_norm_D: Tensor,
-        norm_eps: float,
     ) -> None:
         self._ops, self._layer = ops, layer
         self._attention, self._moe = attention, moe
         self._attn_hc, self._ffn_hc = attn_hc, ffn_hc
         self._attn_norm_D, self._ffn_norm_D = attn_norm_D, ffn_norm_D
-        self._eps = norm_eps
 
     def __call__(
         self,
@@ -87,12 +60,13 @@ class Block:
         """
         ops = self._ops
         caches = caches or [span.cache.layers[self._layer] for span in rows.spans]
-        mixed, x = self._attention_input(streams_RSD)
+        x, mixed = ops.enter(streams_RSD, self._attn_hc, self._attn_norm_D)
         histories = self._attention.absorb(rows, caches, x)
         if wanted is not None:
-            streams_RSD, mixed, x = (
-                ops.pad_rows(t.index_select(0, wanted.index)) for t in (streams_RSD, mixed, x)
+            streams_RSD, x, *kept = (
+                ops.pad_rows(t.index_select(0, wanted.index)) for t in (streams_RSD, x, *mixed)
             )
+            mixed = tuple(kept)
             rows, tokens_R = wanted.rows, tokens_R.index_select(0, wanted.index)
             if evidence_rows is not None:
                 evidence_rows = [span.row + span.count - 1 for span in rows.spans]
@@ -101,14 +75,14 @@ class Block:
 
     def window_rows(self, streams_RSD: Tensor, rows: Rows) -> Tensor:
         """[R, C]: what the block's window keeps of each row; no cache is touched."""
-        _, x = self._attention_input(streams_RSD)
+        x, _ = self._ops.enter(streams_RSD, self._attn_hc, self._attn_norm_D)
         return self._attention.window_rows(rows, x)
 
     def around(
         self, streams_RSD: Tensor, rows: Rows, tokens_R: Tensor, caches: Sequence[LayerCache]
     ) -> Tensor:
         """Streams of rows that see the window and each other (`Attention.attend_around`)."""
-        mixed, x = self._attention_input(streams_RSD)
+        x, mixed = self._ops.enter(streams_RSD, self._attn_hc, self._attn_norm_D)
         y = self._attention.attend_around(rows, caches, x)
         return self._rest(streams_RSD, mixed, y, tokens_R)
 
@@ -116,19 +90,11 @@ class Block:
         """[R, C]: window rows of context features, which are no streams (DSpark, 1.7)."""
         return self._attention.window_rows(rows, features_RD)
 
-    def _attention_input(self, streams_RSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficients of the first hyper-connection, and what attention reads."""
-        mixed = self._attn_hc.mix(self._ops, streams_RSD)
-        collapsed = self._attn_hc.collapse(self._ops, streams_RSD, mixed)
-        return mixed, self._norm(collapsed, self._attn_norm_D)
-
-    def _rest(self, streams_RSD: Tensor, mixed: Tensor, y_RD: Tensor, tokens_R: Tensor) -> Tensor:
+    def _rest(
+        self, streams_RSD: Tensor, mixed: tuple[Tensor, ...], y_RD: Tensor, tokens_R: Tensor
+    ) -> Tensor:
         """Everything after the attention sublayer's output `y_RD`."""
         ops = self._ops
-        streams_RSD = self._attn_hc.expand(ops, streams_RSD, mixed, y_RD)
-        mixed = self._ffn_hc.mix(ops, streams_RSD)
-        x = self._norm(self._ffn_hc.collapse(ops, streams_RSD, mixed), self._ffn_norm_D)
-        return self._ffn_hc.expand(ops, streams_RSD, mixed, self._moe(x, tokens_R))
-
-    def _norm(self, x_RD: Tensor, weight_D: Tensor) -> Tensor:
-        return self._ops.rms_norm(x_RD, weight_D, eps=self._eps).to(x_RD.dtype)
+        streams_RSD = ops.leave(streams_RSD, self._attn_hc, mixed, y_RD)
+        x, mixed = ops.enter(streams_RSD, self._ffn_hc, self._ffn_norm_D)
+        return ops.leave(streams_RSD, self._ffn_hc, mixed, self._moe(x, tokens_R))

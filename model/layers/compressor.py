@@ -105,7 +105,7 @@ class Compressor:
             return self._norm_C.new_zeros((0, self._norm_C.shape[0]))
         ops = self._ops
         pooled = ops.pool_windows(ops.pad_rows(torch.cat(kv)), ops.pad_rows(torch.cat(score)))
-        normed = ops.rms_norm(pooled.to(self._dtype), self._norm_C, eps=self._norm_eps)
         entries = [torch.arange(first, first + n) for first, n in zip(firsts, counts, strict=True)]
         position = ops.pad_rows(torch.cat(entries)) * self._ratio
-        return ops.rotate(normed, *ops.cos_sin(position, self._freq_P))
+        cos_sin = ops.cos_sin(position, self._freq_P)
+        return ops.norm_rotate(pooled.to(self._dtype), self._norm_C, *cos_sin, eps=self._norm_eps)

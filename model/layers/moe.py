@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,9 @@ class Expert:
 
 @dataclass(frozen=True)
 class Router:
-    """fp32. Exactly one of `bias_E` (score routing) and `table_VK` (hash routing) is set."""
+    """fp32. Exactly one of `bias_E` (score routing) and `table_VK` (hash routing; a token's ids
+    ascend) is set.
+    """
 
     gate: Linear
     bias_E: Tensor | None
@@ -48,11 +51,14 @@ class Moe:
         self._ops, self._router = ops, router
         self._experts, self._shared = tuple(experts), shared
         self._active, self._route_scale, self._limit = active, route_scale, limit
+        self._stack = _stacked(ops, self._experts, shared)
 
     def __call__(self, x_RD: Tensor, tokens_R: Tensor) -> Tensor:
         """[R, D] fp32; `tokens_R` lists the real rows' token ids, the rest of R is padding."""
         count = tokens_R.shape[0]
         ids, weights = self._route(x_RD, tokens_R)
+        if self._stack is not None:
+            return self._ops.experts(x_RD, ids, weights, self._stack, first=0, limit=self._limit)
         shared = self._expert(self._shared, x_RD, None)
         # Routed first, in the order of expert ids, then the shared expert.
         routed = self._routed(x_RD[:count], ids, weights)
@@ -60,13 +66,9 @@ class Moe:
 
     def _route(self, x_RD: Tensor, tokens_R: Tensor) -> tuple[Tensor, Tensor]:
         router, count = self._router, tokens_R.shape[0]
-        scores = self._ops.route_scores(router.gate(x_RD.float()))[:count]
-        if router.table_VK is not None:
-            ids = router.table_VK.index_select(0, tokens_R).sort(1).values
-        else:
-            assert router.bias_E is not None
-            ids = self._ops.pick_experts(scores, router.bias_E, self._active)
-        return ids, self._ops.route_weights(scores, ids, scale=self._route_scale)
+        logits = router.gate(x_RD.float())[:count]
+        table = None if router.table_VK is None else router.table_VK.index_select(0, tokens_R)
+        return self._ops.route(logits, router.bias_E, table, self._active, scale=self._route_scale)
 
     def _routed(self, x_RD: Tensor, ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
         """Rows grouped by expert; a token's outputs are added in the order of expert ids."""
@@ -98,3 +100,12 @@ class Moe:
         if weight_R1 is not None:
             inner = inner * weight_R1
         return expert.w2(inner).float()
+
+
+def _stacked(ops: ReferenceOps, experts: Sequence[Expert], shared: Expert) -> Any:
+    """All experts for one op, if that op exists and every matrix is packed for it."""
+    every = [linear for expert in (*experts, shared) for linear in (expert.w13, expert.w2)]
+    if any(linear.packed is None or linear.round_input is not None for linear in every):
+        return None
+    packed = [(expert.w13.packed, expert.w2.packed) for expert in (*experts, shared)]
+    return ops.stack_experts(packed[:-1], packed[-1])

@@ -31,8 +31,8 @@ INLINE float mean_square(const float *x, int64_t n) {
     return sum16(sum) / (float)n;
 }
 
-INLINE void collapse(const float *x, const float *pre, const float *norm, int64_t d, float eps,
-                     float *out) {
+/* out = sum over streams of pre * stream; returns the sum of its squares. */
+INLINE float collapse(const float *x, const float *pre, int64_t d, float *out) {
     v16 sum = {};
     for (int64_t i = 0; i < d; i += 16) {
         v16 y = ld(x + i) * pre[0];
@@ -40,8 +40,7 @@ INLINE void collapse(const float *x, const float *pre, const float *norm, int64_
         sum = fma16(y, y, sum);
         st(out + i, y);
     }
-    float inverse = 1.0f / __builtin_sqrtf(sum16(sum) / (float)d + eps);
-    for (int64_t i = 0; i < d; i += 16) st(out + i, ld(out + i) * inverse * ld(norm + i));
+    return sum16(sum);
 }
 
 /* Into a sublayer: normed input x[rows, d], post[rows, 4] and comb[rows, 4, 4] of streams
@@ -68,7 +67,10 @@ PUBLIC int ps_enter(const float *streams, int64_t rows, int64_t d, const void *f
                 gates[s] += eps;
                 post[r * S + s] = 2.0f * gates[S + s];
             }
-            collapse(row, gates, norm, d, norm_eps, x + r * d);
+            float square = collapse(row, gates, d, x + r * d) / (float)d;
+            inverse = 1.0f / __builtin_sqrtf(square + norm_eps);
+            for (int64_t i = 0; i < d; i += 16)
+                st(x + r * d + i, ld(x + r * d + i) * inverse * ld(norm + i));
             c[r - first] = ld(m + 2 * S);
         }
         sinkhorn(c, (int)iters, eps);
@@ -95,10 +97,9 @@ PUBLIC void ps_leave(const float *streams, const float *y, const float *post, co
     }
 }
 
-/* Head collapse and final norm (4.4); `fn` is the packed fp32 [4, 4 d]. */
+/* Head collapse (4.4); `fn` is the packed fp32 [4, 4 d]. */
 PUBLIC int ps_head(const float *streams, int64_t rows, int64_t d, const void *fn,
-                   const float *scale, const float *base, const float *norm, float norm_eps,
-                   float eps, float *out) {
+                   const float *scale, const float *base, float norm_eps, float eps, float *out) {
     float *mixed = ps_scratch(0, rows * 16);
     if (!mixed) return -1;
     ps_tile_product(streams, S * d, rows, fn, 0, S * d, S, mixed, 16);
@@ -107,7 +108,7 @@ PUBLIC int ps_head(const float *streams, int64_t rows, int64_t d, const void *fn
         float inverse = 1.0f / __builtin_sqrtf(mean_square(row, S * d) + norm_eps), gates[16] = {};
         for (int s = 0; s < S; s++) gates[s] = mixed[r * 16 + s] * inverse * scale[0] + base[s];
         st(gates, sigmoid16(ld(gates)) + eps);
-        collapse(row, gates, norm, d, norm_eps, out + r * d);
+        collapse(row, gates, d, out + r * d);
     }
     return 0;
 }
