@@ -15,8 +15,11 @@ PUBLIC int ps_route(const float *logits, int64_t rows, int64_t experts, const fl
         float *weight = weights + r * k, sum = 0.0f;
         memcpy(score, logits + r * experts, (size_t)experts * 4);
         for (int64_t i = 0; i < width; i += 16) {
+            v16 x = ld(score + i);
             float y[16];
-            st(y, softplus16(ld(score + i)));
+            /* Below -16 it is e^x, down to the smallest subnormal number (T9). */
+            v16 tiny = exp16(x + 40.0f) * 4.248354255291589e-18f;
+            st(y, pick(x < all(-16.0f), tiny, softplus16(x)));
             for (int j = 0; j < 16; j++) score[i + j] = __builtin_sqrtf(y[j]);
         }
         if (table) {
@@ -35,7 +38,7 @@ PUBLIC int ps_route(const float *logits, int64_t rows, int64_t experts, const fl
             }
         }
         for (int64_t n = 0; n < k; n++) sum += weight[n] = score[id[n]];
-        sum = sum > 1e-20f ? sum : 1e-20f;
+        sum = sum > 1e-30f ? sum : 1e-30f;
         for (int64_t n = 0; n < k; n++) weight[n] = weight[n] / sum * scale;
     }
     return 0;

@@ -254,7 +254,7 @@ def test_pooling_and_norms(windows: int) -> None:
 
 
 def test_exp_and_log_are_near_to_an_ulp_over_their_whole_range() -> None:
-    x = torch.linspace(-86.9, 20, 64_000).view(-1, 16)
+    x = torch.linspace(-90, 20, 64_000).view(-1, 16)
     ids = torch.zeros((4000, 16), dtype=torch.int64)
     ids[:] = torch.arange(16)
     # sqrt(softplus(x)) of 16 experts, without normalisation: through the routing weights.
