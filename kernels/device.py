@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from kernels.reference import compress, mhc_fused, mxfp4
 from kernels.reference import hadamard as signs
+from kernels.reference import moe_grouped as moe
 from kernels.reference import norm_rope as rope
 from kernels.reference import quantize_kv as kv_rows
 
@@ -34,3 +35,9 @@ class ReferenceDeviceOps:
     mhc_post = staticmethod(mhc_fused.mhc_post)
     mhc_boundary = staticmethod(mhc_fused.mhc_boundary)
     mhc_head = staticmethod(mhc_fused.mhc_head)
+    moe_plan = staticmethod(moe.moe_plan)
+    quantize_rows = staticmethod(moe.quantize_rows)
+    round_rows = staticmethod(moe.round_rows)
+    moe_up = staticmethod(moe.moe_up)
+    moe_down = staticmethod(moe.moe_down)
+    moe_combine = staticmethod(moe.moe_combine)

@@ -33,7 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.triton.launch import Case, Launch, recording
 
-MODULES = ("quantize_kv", "hadamard", "mxfp4", "norm_rope", "compress", "mhc_fused")
+MODULES = ("quantize_kv", "hadamard", "mxfp4", "norm_rope", "compress", "mhc_fused", "moe_grouped")
 _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
