@@ -7,6 +7,8 @@ e4m3 product is promoted to fp32 after every 128 channels, where its scale chang
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -331,7 +333,8 @@ def _experts(fp4: bool, count: int, outputs: int, inputs: int) -> tuple[Tensor, 
     )
 
 
-def _layer(fp4: bool, rows: int, tile: int, width: int, hidden: int, experts: int) -> None:
+def _layer(fp4: bool, rows: int, tile: int, shape: tuple[int, int, int]) -> None:
+    width, hidden, experts = shape
     plan = moe_plan(meta(rows, 6, dtype=torch.int32), experts=experts, tile=tile)
     x = meta(rows, width)
     x, scale = (round_rows(x), None) if fp4 else quantize_rows(x)
@@ -347,7 +350,7 @@ _PRODUCTS = {"_moe_up": "wgmma", "_moe_down": "wgmma"}
 CASES = tuple(
     Case(
         f"moe {'MXFP4' if fp4 else 'e4m3'}, {name}, tile {tile}",
-        lambda fp4=fp4, rows=rows, tile=tile, shape=shape: _layer(fp4, rows, tile, *shape),
+        partial(_layer, fp4, rows, tile, shape),
         _PRODUCTS,
     )
     for fp4 in (False, True)
