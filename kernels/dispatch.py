@@ -23,11 +23,16 @@ def load_device(
 ) -> ReferenceDeviceOps:
     """The device ops of `backend` (default: `PENSTOCK_KERNELS__BACKEND`, else `auto`) on `device`.
 
-    `auto` is Triton on CUDA and the reference elsewhere. Triton on a CPU needs its interpreter.
-    Raises BackendError.
+    `auto` is Triton on CUDA and the reference elsewhere. Triton on a CPU needs its interpreter, and
+    `native` is a set for the engine on a CPU only. Raises BackendError.
     """
     kind = torch.device(device).type
     asked = asked_backend(backend, environ)
+    if asked == "native":
+        raise BackendError(
+            f"kernel backend 'native' has no ops for a device engine; set {BACKEND_VARIABLE} to "
+            "'auto', 'triton' or 'reference'"
+        )
     if asked in ("reference", "native") or (asked == "auto" and kind != "cuda"):
         return ReferenceDeviceOps()
     if kind != "cuda" and environ.get(INTERPRETER_VARIABLE) != "1":

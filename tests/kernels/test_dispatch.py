@@ -10,7 +10,6 @@ from kernels.dispatch import load_device
 
 def test_auto_takes_the_reference_on_a_cpu() -> None:
     assert load_device("cpu", environ={}).name == "reference-1"
-    assert ops.load(environ={}).name == "reference-1"
 
 
 def test_the_variable_decides() -> None:
@@ -27,7 +26,13 @@ def test_triton_on_a_cpu_needs_the_interpreter() -> None:
         ops.load("triton", environ={})
 
 
+def test_the_cpu_s_native_set_is_not_a_device_s() -> None:
+    for device in ("cpu", "cuda"):
+        with pytest.raises(ops.BackendError, match="'native' has no ops for a device engine"):
+            load_device(device, "native", environ={})
+
+
 def test_an_unknown_backend_is_refused() -> None:
     for load in (ops.load, lambda name, environ: load_device("cpu", name, environ=environ)):
-        with pytest.raises(ops.BackendError, match="must be one of auto, triton, reference"):
+        with pytest.raises(ops.BackendError, match="must be one of auto, triton"):
             load("cutlass", environ={})
