@@ -11,10 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from model.engine import DraftCost
 from penstock.blocks import STATE_ALIGN_TOKENS
 
-DRAFT_COST = 0.15
-"""What one more draft token costs, drafted and verified, in plain decode steps."""
 PROBE_STEPS = 16
 """After so many steps without a draft one token is tried again: texts change."""
 _WEIGHT = 0.125
@@ -38,7 +37,7 @@ class Acceptance:
             rate += _WEIGHT * ((place < accepted) - rate)
         return Acceptance(rate, 0)
 
-    def length(self, most: int, *, cost: float = DRAFT_COST) -> int:
+    def length(self, most: int, cost: DraftCost) -> int:
         """Draft tokens for the next step, 0 to `most`: the number with the most expected tokens for
         its cost. A single one after `PROBE_STEPS` plain steps.
         """
@@ -49,7 +48,7 @@ class Acceptance:
         for count in range(1, most + 1):
             chance *= self.rate
             tokens += chance
-            value = tokens / (1.0 + cost * count)
+            value = tokens / (1.0 + cost.start + cost.token * count)
             if value > best_value:
                 best, best_value = count, value
         return best or int(self.plain_steps >= PROBE_STEPS)

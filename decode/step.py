@@ -83,14 +83,15 @@ class Stepper:
                 self._settle(outcome)
 
     def _draft(self, outcomes: list[Outcome]) -> None:
-        most = self._engine.info.draft_tokens
-        if not most:
+        info = self._engine.info
+        if not info.draft_tokens:
             return
         asking, requests = [], []
         for outcome in outcomes:
             stream = outcome.stream
             # The last token of an answer is never absorbed, so there is room for the others.
-            count = stream.drafts.length(min(most, stream.output.most_left - 1))
+            most = min(info.draft_tokens, stream.output.most_left - 1)
+            count = stream.drafts.length(most, info.draft_cost)
             if count and stream.pending is not None:
                 asking.append(outcome)
                 requests.append(

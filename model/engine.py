@@ -28,6 +28,16 @@ SEEKABLE_TOKENS = 64
 
 
 @dataclass(frozen=True)
+class DraftCost:
+    """What drafts cost, in plain decode steps: each draft, and each token of it (its own
+    computation and one more row to verify).
+    """
+
+    start: float = 0.0
+    token: float = 0.05
+
+
+@dataclass(frozen=True)
 class EngineInfo:
     """What the rest of the cluster must know of an engine."""
 
@@ -40,6 +50,7 @@ class EngineInfo:
     description: str = ""
     draft_tokens: int = 0
     """Most tokens that `draft` proposes at once; 0: the engine does not draft."""
+    draft_cost: DraftCost = DraftCost()
 
 
 class Sequence(Protocol):

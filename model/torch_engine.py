@@ -23,6 +23,7 @@ from model.drafts.plan import DraftPlan
 from model.engine import (
     SEEKABLE_TOKENS,
     Buffer,
+    DraftCost,
     DraftRequest,
     EngineInfo,
     Evidence,
@@ -111,6 +112,7 @@ class TorchEngine:
                 f"{options.dtype}"
             ),
             draft_tokens=drafts.tokens if drafts else 0,
+            draft_cost=drafts.cost(config.layers) if drafts else DraftCost(),
         )
 
     @property

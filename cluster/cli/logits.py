@@ -51,6 +51,8 @@ def logits(
             "model.numerics": text(numerics),
             "model.rounding": rounding,
             "model.device": text(device),
+            # Drafts change no logits, and nothing is drafted here.
+            "model.num_speculative_tokens": 0,
         }
     )
     # By name, because this is the one command that loads torch into the command line's process; an

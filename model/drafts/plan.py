@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from model.config import DraftKind, ModelConfig
+from model.engine import DraftCost
 from penstock.errors import ModelLoadError
 
 MTP_OWN_TOKENS = 1
+VERIFY_SHARE = 0.03
+"""One more row in a decode forward, in forwards: measured on CPU, 1 to 12 rows (docs/drafts.md)."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,15 @@ class DraftPlan:
     """Most tokens of a draft."""
     confidence: float = 0.0
     """DSpark: a draft ends before the first token that is trusted less."""
+
+    def cost(self, layers: int) -> DraftCost:
+        """For a backbone of `layers`: a block costs what a layer does. MTP runs its block for each
+        token, DSpark all its stages once a draft.
+        """
+        share = 1.0 / layers
+        if self.kind is DraftKind.MTP:
+            return DraftCost(0.0, share + VERIFY_SHARE)
+        return DraftCost(self.stages * share, VERIFY_SHARE)
 
     @property
     def keeps_streams(self) -> bool:

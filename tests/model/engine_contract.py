@@ -377,9 +377,7 @@ CLAUSES: tuple[Callable[[Factory], None], ...] = (
 
 DRAFT_CLAUSES = (
     companions_change_nothing,
-    states_inside_a_segment_are_those_at_its_end,
     a_restored_sequence_goes_on_alike,
-    rejected_tokens_leave_no_trace,
     a_draft_changes_nothing_and_is_the_same_every_time,
     a_draft_is_the_same_whichever_way_the_sequence_came,
 )

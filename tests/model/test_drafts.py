@@ -10,7 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from examples.tiny_checkpoint import write_checkpoint
 from model.config import ModelConfig
 from model.drafts import drafter
 from model.drafts.plan import plan_drafts
@@ -22,6 +25,7 @@ from penstock.errors import ModelLoadError
 from penstock.request import Sampling
 from tests.model import drafted, oracle
 from tests.model.draft_oracle import DraftOracle
+from tests.model.engine_contract import logits_of, snapshot
 
 Models = Callable[[str], oracle.OracleModel]
 TOLERANCE = 1e-4
@@ -154,6 +158,66 @@ def test_a_draft_module_changes_no_answer_of_the_backbone(kind: str, model: Mode
         engine.forward([Segment(sequence, tokens)])
         found.append((bytes(engine.logits([sequence]).row(0)), engine.export_block(sequence, 0)))
     assert found[0] == found[1]
+
+
+PATTERNS = st.lists(
+    st.tuples(st.integers(1, 7), st.lists(st.integers(0, 127), max_size=8)), min_size=1, max_size=6
+)
+
+
+@pytest.fixture(scope="module")
+def engines(model: Models) -> dict[str, TorchEngine]:
+    """Without drafts the backbone's own rollback; released formats with and without."""
+    root = model("all_kinds").folder.parent
+    found = {"plain": load_engine(model("all_kinds").folder)}
+    for kind in drafted.KINDS:
+        found[kind] = load_engine(folder_of(model, kind), draft_tokens=3)
+        folder = write_checkpoint(root / f"released-{kind}", draft=kind)
+        found[f"released {kind}"] = load_engine(folder, draft_tokens="auto")
+    return found
+
+
+@pytest.mark.parametrize("name", ["plain", "mtp", "dspark", "released mtp", "released dspark"])
+@settings(
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(start=st.integers(0, 140), pattern=PATTERNS, data=st.data())
+def test_T18_after_every_accept_pattern_the_bytes_are_those_of_the_serial_run(
+    name: str,
+    engines: dict[str, TorchEngine],
+    start: int,
+    pattern: list[tuple[int, list[int]]],
+    data: st.DataObject,
+) -> None:
+    """Some tokens stand, some are rejected, again and again; then plain steps go on."""
+    engine = engines[name]
+    # Near a block's border as well as near the beginning.
+    start += 110 * (start > 70)
+    kept: list[int] = [(7 * i * i + i) % 128 for i in range(start)]
+    sequence = engine.open(400)
+    engine.forward([Segment(sequence, kept)])
+    for count, rejected in pattern:
+        stands = data.draw(st.lists(st.integers(0, 127), min_size=count, max_size=count))
+        result = engine.forward(
+            [Segment(sequence, [*stands, *rejected], all_logits=True, seekable=True)]
+        )[0]
+        kept += stands
+        engine.seek(sequence, len(kept))
+        assert result.logits is not None
+        assert bytes(result.logits.row(count - 1)) == logits_of(engine, sequence)
+    kept += [1, 2, 3]
+    engine.forward([Segment(sequence, kept[-3:])])
+    serial = engine.open(400)
+    engine.forward([Segment(serial, kept)])
+    assert snapshot(engine, sequence) == snapshot(engine, serial)
+    assert engine.evidence(sequence) == engine.evidence(serial)
+    most = engine.info.draft_tokens
+    if most:
+        asked = [DraftRequest(s, 5, most, Sampling(seed=2)) for s in (sequence, serial)]
+        one, other = engine.draft(asked)
+        assert one == other
+    for done in (sequence, serial):
+        engine.release(done)
 
 
 def test_a_plan_keeps_the_asked_number(model: Models) -> None:
