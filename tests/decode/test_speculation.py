@@ -17,6 +17,7 @@ from model.fake import EOS, FakeEngine, FakeSettings
 from penstock.blocks import BLOCK_TOKENS, ObjectKind
 from penstock.identity import Chain
 from penstock.request import Sampling
+from penstock.tokenizer import ByteTokenizer
 from tests.decode.pair import (
     DRAWN,
     GREEDY,
@@ -132,11 +133,14 @@ async def test_only_tokens_of_the_answer_are_ever_published(accuracy: float) -> 
     """Rejected drafts, and accepted ones behind a stop string, must not reach the store."""
     prompt = prompt_of(BLOCK_TOKENS - 3)
     whole = oracle(prompt, max_tokens=700, ignore_eos=True)
-    # Ends just before, at and behind the positions whose state is kept.
-    ends = [(3 + 128 + shift, ()) for shift in (-1, 0, 1, 2)] + [(700, ())]
-    ends += [(700, (whole.text[3 + 255 + shift : 3 + 259 + shift],)) for shift in (-3, -1, 0, 1)]
+    # Ends just before, at and behind a position whose state is kept, by length or by stop string.
+    ends: list[tuple[int, tuple[str, ...]]] = [(3 + 128 + shift, ()) for shift in (-1, 0, 1, 2)]
+    for count in (256, 257, 258, 259, 260):
+        text = ByteTokenizer().decode(whole.token_ids[:count])
+        assert whole.text.find(text[-5:]) == len(text) - 5
+        ends.append((700, (text[-5:],)))
     for max_tokens, stop in ends:
-        fields = {"max_tokens": max_tokens, "stop": stop, "ignore_eos": True}
+        fields: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, "ignore_eos": True}
         plain = await published(FakeSettings(), prompt, **fields)
         drafted = await published(drafting(accuracy), prompt, **fields)
         blocks = {o.id: o.payload for o in plain.objects if o.kind is ObjectKind.BLOCK}
