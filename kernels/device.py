@@ -12,6 +12,7 @@ from kernels.reference import hadamard as signs
 from kernels.reference import moe_grouped as moe
 from kernels.reference import norm_rope as rope
 from kernels.reference import quantize_kv as kv_rows
+from kernels.reference import sample as sampling
 
 
 class ReferenceDeviceOps:
@@ -41,3 +42,4 @@ class ReferenceDeviceOps:
     moe_up = staticmethod(moe.moe_up)
     moe_down = staticmethod(moe.moe_down)
     moe_combine = staticmethod(moe.moe_combine)
+    sample = staticmethod(sampling.sample)

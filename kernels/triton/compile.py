@@ -33,7 +33,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.triton.launch import Case, Launch, recording
 
-MODULES = ("quantize_kv", "hadamard", "mxfp4", "norm_rope", "compress", "mhc_fused", "moe_grouped")
+MODULES = (
+    "quantize_kv",
+    "hadamard",
+    "mxfp4",
+    "norm_rope",
+    "compress",
+    "mhc_fused",
+    "moe_grouped",
+    "sample",
+)
 _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -249,11 +258,19 @@ COLUMNS = (
 
 
 def markdown(findings: Iterable[Finding]) -> str:
-    """The table of docs/kernels.md."""
+    """The table of docs/kernels.md: of a kernel's variants within one case, the fullest."""
     heads = ("case", "kernel", "warps", "stages", "regs", "spill B", "smem B", "CTA/SM")
     lines = ["| " + " | ".join((*heads, *COLUMNS[8:], "faults")) + " |"]
     lines.append("|" + "---|" * (len(COLUMNS) + 1))
+    fullest: dict[tuple[str, str], Finding] = {}
     for each in findings:
+        known = fullest.get((each.case, each.kernel))
+        if known is None or (each.spilled_bytes, each.registers) > (
+            known.spilled_bytes,
+            known.registers,
+        ):
+            fullest[each.case, each.kernel] = each
+    for each in fullest.values():
         cells = [str(getattr(each, name)) for name in COLUMNS]
         cells[1] = f"`{cells[1].lstrip('_')}`"
         lines.append("| " + " | ".join((*cells, "; ".join(each.faults) or "-")) + " |")

@@ -8,6 +8,7 @@ from kernels.triton import hadamard as signs
 from kernels.triton import moe_grouped as moe
 from kernels.triton import norm_rope as rope
 from kernels.triton import quantize_kv as kv_rows
+from kernels.triton import sample as sampling
 
 
 class TritonDeviceOps(ReferenceDeviceOps):
@@ -37,3 +38,4 @@ class TritonDeviceOps(ReferenceDeviceOps):
     moe_up = staticmethod(moe.moe_up)
     moe_down = staticmethod(moe.moe_down)
     moe_combine = staticmethod(moe.moe_combine)
+    sample = staticmethod(sampling.sample)
