@@ -135,21 +135,35 @@ DEVELOPER_AND_REMINDER: Golden = (
         {"role": "system", "content": "S"},
         {"role": "latest_reminder", "content": "2026-02-21"},
         {"role": "developer", "content": "D", "tools": [WEATHER]},
-        {"role": "assistant", "reasoning_content": "r", "content": "c"},
+        {
+            "role": "assistant",
+            "reasoning_content": "r",
+            "content": "",
+            # The release's own examples have calls and results without ids.
+            "tool_calls": [
+                {"type": "function", "function": {"name": "f", "arguments": '{"q": "x y"}'}}
+            ],
+        },
+        {"role": "tool", "content": "[0]"},
+        {"role": "assistant", "reasoning_content": "s", "content": "c", "tool_calls": []},
         {"role": "latest_reminder", "content": "2026-02-22"},
         {"role": "user", "content": "q"},
     ],
-    f"{BOS}S{REMINDER}2026-02-21{USER}D\n\n{TOOLS_SECTION}{ASSISTANT}{THINK}r{END_THINK}c{EOS}"
+    f"{BOS}S{REMINDER}2026-02-21{USER}D\n\n{TOOLS_SECTION}{ASSISTANT}{THINK}r{END_THINK}"
+    + calls_text(invoke("f", ("q", "true", "x y")))
+    + f"{EOS}{USER}<tool_result>[0]</tool_result>{ASSISTANT}{THINK}s{END_THINK}c{EOS}"
     f"{REMINDER}2026-02-22{USER}q{ASSISTANT}{THINK}",
 )
 QUICK_TASK: Golden = (
     [
         {"role": "system", "content": "S"},
         {"role": "user", "content": "q1"},
-        {"role": "assistant", "content": "a1", "reasoning_content": "never shown"},
+        {"role": "assistant", "content": "a1", "reasoning_content": "never shown", "mask": 1},
         {"role": "user", "content": "q2", "task": "action"},
+        {"role": "assistant", "content": "Search"},
     ],
-    f"{BOS}S{USER}q1{ASSISTANT}{END_THINK}a1{EOS}{USER}q2{ASSISTANT}{END_THINK}<{BAR}action{BAR}>",
+    f"{BOS}S{USER}q1{ASSISTANT}{END_THINK}a1{EOS}{USER}q2{ASSISTANT}{END_THINK}"
+    f"<{BAR}action{BAR}>Search{EOS}",
 )
 GOLDENS = (WITH_TOOLS, WITHOUT_OLD_THOUGHTS, DEVELOPER_AND_REMINDER, QUICK_TASK)
 
