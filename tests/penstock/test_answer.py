@@ -126,6 +126,9 @@ def test_what_is_written_is_read_back(reasoning: str, content: str, calls: list[
     assert again == block
 
 
+END = f"\n</{DSML}tool_calls>"
+
+
 @pytest.mark.parametrize(
     "rest",
     [
@@ -135,18 +138,23 @@ def test_what_is_written_is_read_back(reasoning: str, content: str, calls: list[
         f"</{DSML}tool_cal",
         "words",
         f'<{DSML}invoke name="g">words',
-        f'<{DSML}invoke name="g"h">\n\n</{DSML}invoke>\n',
-        f'<{DSML}invoke name="">\n\n</{DSML}invoke>\n',
-        invoke("g", ("a", "maybe", "1")),
-        invoke("g", ("a", "false", "NaN")),
-        invoke("g", ("a", "false", "True")),
-        invoke("g", ("a", "false", "[" * 100_000)),
-        invoke("g", ("a", "true", "1"), ("a", "true", "2")),
-        invoke("g", ("a", "true", "1")).replace("\n</", "</"),
+        f'<{DSML}invoke name="g"h">\n\n</{DSML}invoke>{END}',
+        f'<{DSML}invoke name="">\n\n</{DSML}invoke>{END}',
+        invoke("g" * 2000, ("a", "true", "1")) + END,
+        invoke("g", ("a", "maybe", "1")) + END,
+        invoke("g", ("a", "false", "NaN")) + END,
+        invoke("g", ("a", "false", "True")) + END,
+        invoke("g", ("a", "false", "[" * 100_000)) + END,
+        invoke("g", ("a", "true", "1"), ("a", "true", "2")) + END,
+        invoke("g", ("a", "true", "1")).replace("\n</", "</") + END,
+        invoke("g", ("a", "true", "1")) + END[1:],
     ],
 )
 def test_markup_that_is_not_right_comes_back_as_content(rest: str) -> None:
     assert read_answer(f"A{FIRST}{rest}", CALLS) == Answer("", f"A{rest}", (OSLO_CALL,))
+    # The same frame with nothing wrong in it is a call.
+    right = invoke("g", ("a", "true", "1")) + END
+    assert len(read_answer(f"A{FIRST}{right}", CALLS).calls) == 2
 
 
 @pytest.mark.parametrize(
