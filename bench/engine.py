@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import httpx
 
 from bench.client import Answer, Client
+from bench.drafts import acceptance, read_counts
 from bench.prompts import prompt
 from bench.report import Report, Row
 from bench.stats import finite, low_median_high, median, ratio, spread
@@ -41,6 +42,7 @@ def run(
             _measure(endpoint.url, lengths=lengths, tokens=tokens, repeats=repeats, seed=seed)
         )
         bytes_per_token = _kv_bytes(endpoint.url)
+        drafts = acceptance({}, read_counts(endpoint.url, settle=True))
     gflop_s.append(_matmul(threads))
     best = max(gflop_s)
     figures: list[Row] = [
@@ -59,6 +61,7 @@ def run(
             "model": config.model.model,
             "numerics": config.model.numerics,
             "kv_cache_dtype": config.model.kv_cache_dtype,
+            "num_speculative_tokens": config.model.num_speculative_tokens,
             "device": config.model.device,
             "torch_threads": threads,
             "chunk_tokens": config.prefill.chunk_tokens,
@@ -67,7 +70,7 @@ def run(
             "startup_s": startup_s,
             "matmul_gflop_s_before_and_after": gflop_s,
         },
-        tables={"one request at a time": figures},
+        tables={"one request at a time": figures} | ({"drafts": drafts} if drafts else {}),
         shows_not=_SHOWS_NOT,
         wall_s=time.monotonic() - began_s,
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from bench.client import Answer, Client
+from bench.drafts import acceptance, read_counts
 from bench.prompts import prompt
 from bench.report import Report, Row
 from bench.stats import finite, median, ratio, spread
@@ -49,7 +50,9 @@ def run(
     began_s = time.monotonic()
     seed = random.SystemRandom().getrandbits(32) if plan.seed is None else plan.seed
     with _server(config, url) as (base, startup_s):
+        counted = read_counts(base)
         loads, pairs = asyncio.run(_measure(plan, seed, base, model, key))
+        drafts = acceptance(counted, read_counts(base, settle=True))
     settings = asdict(plan) | {
         "seed": seed,
         "server": "given by --url" if config is None else config.launcher.kind,
@@ -63,7 +66,8 @@ def run(
     return Report(
         bench="serve",
         settings=settings,
-        tables={"load": loads, "prompt seen before": pairs},
+        tables={"load": loads, "prompt seen before": pairs}
+        | ({"drafts": drafts} if drafts else {}),
         shows_not=edges,
         wall_s=time.monotonic() - began_s,
     )

@@ -12,7 +12,7 @@ from model.engine import DraftCost
 from penstock.errors import ModelLoadError
 
 MTP_OWN_TOKENS = 1
-VERIFY_SHARE = 0.03
+VERIFY_SHARE = 0.06
 """One more row in a decode forward, in forwards: measured on CPU, 1 to 12 rows (docs/drafts.md)."""
 
 

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from bench.client import Answer
+from bench.drafts import acceptance, draft_counts
 from bench.engine import speed_row
 from bench.front import cases, way_row
 from bench.front_case import Sample
@@ -130,3 +131,20 @@ def test_model_speed_counts_only_computed_prompt_tokens() -> None:
     row = speed_row([answer])
     assert row["prefill_tokens_per_s"] == pytest.approx(40.0)
     assert row["decode_ms_per_token_p50"] == pytest.approx(100.0)
+
+
+def test_acceptance_is_read_from_our_metrics_and_from_vllms() -> None:
+    ours = "\n".join(
+        f'penstock_worker_spec_decode_num_{name}_total{{role="decode",worker="{worker}"}} {value}'
+        for worker in ("decode-0", "decode-1")
+        for name, value in (("drafts", 10.0), ("draft_tokens", 40.0), ("accepted_tokens", 25.0))
+    )
+    ours += '\npenstock_worker_spec_decode_num_accepted_tokens_per_pos_0_total{role="decode"} 9.0\n'
+    after = draft_counts(ours)
+    assert after == {"drafts": 20, "draft_tokens": 80, "accepted_tokens": 50}
+    (row,) = acceptance({"drafts": 10, "draft_tokens": 40, "accepted_tokens": 30}, after)
+    assert (row["drafts"], row["draft_tokens"], row["accepted_tokens"]) == (10, 40, 20)
+    assert (row["acceptance_rate"], row["tokens_per_drafted_step"]) == (0.5, 3.0)
+    theirs = 'vllm:spec_decode_num_drafts_total{engine="0"} 3.0\n'
+    assert draft_counts(theirs) == {"drafts": 3}
+    assert acceptance({}, draft_counts("penstock_requests_total 5.0\n")) == []

@@ -39,8 +39,8 @@ class Case:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("drafted")
     source = oracle.build("all_kinds", root / "all_kinds")
-    # Few likely words: a random draft module is then often right.
-    found = {kind: drafted.folder_of(root, source, kind, words=3) for kind in drafted.KINDS}
+    # One likely word: a random draft module is then often right.
+    found = {kind: drafted.folder_of(root, source, kind, words=1) for kind in drafted.KINDS}
     for folder in found.values():
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
