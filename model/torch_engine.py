@@ -209,6 +209,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def draft(self, requests: Seq[DraftRequest]) -> list[list[int]]:
+        self._pin_threads()
         most = self._info.draft_tokens
         asked = [Asked(self._live(request.sequence), request) for request in requests]
         for item in asked:

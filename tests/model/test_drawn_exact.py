@@ -2,13 +2,15 @@
 (architecture.md, "Numerics classes"; issue 3, item 3).
 
 A schedule is a list of steps of one sequence: absorb some tokens (beside companions at any position
-of theirs, anywhere in the batch), or leave the worker (blocks and state exported, everything
-released, loaded into a fresh sequence of another capacity). After it every position's logits and
-all that the outside can see must be those of one undisturbed pass.
+of theirs, anywhere in the batch), absorb wrong ones behind them and take those back, or leave the
+worker (blocks and state exported, everything released, loaded into a fresh sequence of another
+capacity). After it every position's logits, all that the outside can see and the drafts that would
+come next must be those of one undisturbed pass.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import threading
@@ -23,16 +25,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.engine import Engine, Segment, Sequence
+from examples.tiny_checkpoint import write_checkpoint
+from model.engine import DraftRequest, Engine, Segment, Sequence
 from model.load import load_engine
 from model.open import open_engine
 from model.torch_engine import TorchEngine
 from penstock.blocks import BLOCK_TOKENS
+from penstock.request import Sampling
 from penstock.worker import ModelSpec
 from tests.model import drawn, oracle
 from tests.model.engine_contract import snapshot
 
-MOST = 640
+# Beyond one pass of 1024 rows only in the long profile; test_paths.py does it in every run.
+MOST = 2200 if drawn.LONG else 640
+SPARE = 16
 SLACK = 2e-5
 FORMATS = [(kv, dtype) for kv in ("fp8", "bf16", "fp32") for dtype in ("float32", "bfloat16")]
 Models = Callable[[str], oracle.OracleModel]
@@ -41,12 +47,13 @@ Models = Callable[[str], oracle.OracleModel]
 @dataclass(frozen=True)
 class Step:
     """Absorb `count` tokens beside `before` and `after` (companions' token counts), or, with count
-    0, move to a fresh sequence.
+    0, move to a fresh sequence. `wrong` tokens behind them are taken back.
     """
 
     count: int
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+    wrong: int = 0
 
 
 @st.composite
@@ -60,8 +67,11 @@ def schedules(draw: st.DrawFn) -> list[Step]:
             steps.append(Step(0))
         steps.append(Step(end - start, draw(companions), draw(companions)))
         start = end
-    singles = draw(st.integers(0, 6))
-    return steps + [Step(1, draw(companions), draw(companions)) for _ in range(singles)]
+    for _ in range(draw(st.integers(0, 6))):
+        kept = draw(st.sampled_from([1, 1, 2, 4, 9]))
+        wrong = draw(st.sampled_from([0, 1, 3, 9]))
+        steps.append(Step(kept, draw(companions), draw(companions), wrong))
+    return steps
 
 
 class Rows:
@@ -70,29 +80,37 @@ class Rows:
     def __init__(self, engine: Engine, tokens: list[int]) -> None:
         self.engine, self.tokens = engine, tokens
         self.rows: list[bytes] = []
-        self.sequence = engine.open(len(tokens))
+        self.sequence = engine.open(len(tokens) + SPARE)
         self._others: list[Sequence] = []
 
     def run(self, steps: list[Step]) -> list[bytes]:
-        """All rows, then blocks, state and last logits of the final sequence."""
+        """All rows, then blocks, state, last logits and next drafts of the final sequence."""
         for step in steps:
             if step.count:
                 self._absorb(step)
             else:
                 self._move()
         seen = [*self.rows, *snapshot(self.engine, self.sequence)]
+        most = self.engine.info.draft_tokens
+        if most:
+            ask = DraftRequest(self.sequence, 3, most, Sampling(seed=5))
+            seen.append(json.dumps(self.engine.draft([ask])[0]).encode())
         for sequence in (self.sequence, *self._others):
             self.engine.release(sequence)
         return seen
 
     def _absorb(self, step: Step) -> None:
         at = self.sequence.position
-        mine = Segment(self.sequence, self.tokens[at : at + step.count], all_logits=True)
+        wrong = [(at + 11 * i + 1) % 97 for i in range(step.wrong)]
+        fed = [*self.tokens[at : at + step.count], *wrong]
+        mine = Segment(self.sequence, fed, all_logits=True, seekable=bool(wrong))
         before = [self._beside(i, n) for i, n in enumerate(step.before)]
         after = [self._beside(2 + i, n) for i, n in enumerate(step.after)]
         found = self.engine.forward([*before, mine, *after])[len(before)].logits
         assert found is not None
-        self.rows += [bytes(found.row(i)) for i in range(len(found))]
+        self.rows += [bytes(found.row(i)) for i in range(step.count)]
+        if wrong:
+            self.engine.seek(self.sequence, at + step.count)
 
     def _beside(self, which: int, count: int) -> Segment:
         """The next tokens of companion `which`; companions live on through the schedule."""
@@ -155,6 +173,26 @@ def test_a_drawn_schedule_changes_no_bit(kv: str, dtype: str, model: Models) -> 
         compare(engine, steps, seed)
 
     same_bits()
+
+
+@pytest.mark.parametrize(
+    ("draft", "rounding"), [("mtp", "auto"), ("dspark", "activations"), ("none", "index,scores")]
+)
+def test_a_drawn_schedule_changes_no_bit_of_a_quantised_checkpoint(
+    draft: str, rounding: str, tmp_path: Path
+) -> None:
+    """FP8 and FP4 weights, the rounding points of the release, and its draft modules."""
+    write_checkpoint(tmp_path, draft=draft)
+    engine = load_engine(tmp_path, rounding=rounding, draft_tokens="auto")
+    assert bool(engine.info.draft_tokens) == (draft != "none")
+
+    @drawn.examples(2)
+    @given(steps=schedules(), seed=st.integers(0, 99))
+    def same_bits(steps: list[Step], seed: int) -> None:
+        compare(engine, steps, seed)
+
+    same_bits()
+    engine.close()
 
 
 @drawn.examples(5)

@@ -8,6 +8,7 @@ nowhere else.
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections import Counter
@@ -20,7 +21,9 @@ import pytest
 import torch
 from hypothesis import given, note
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
+from cluster.cli.main import main
 from model.engine import Segment
 from model.layout import EVIDENCE_PAIRS
 from model.load import load_engine
@@ -129,6 +132,33 @@ def test_random_models_agree_with_transformers_on_every_path(index_heads: tuple[
     book.report(f"index heads {index_heads}")
     # The excuse must stay the exception, or the test has lost its strength.
     assert book.rows["compared"] > 9 * book.rows["excused"]
+
+
+@drawn.examples(2)
+@given(config=drawn.configs(), seed=st.integers(0, 999), data=st.data())
+def test_penstock_logits_agrees_with_transformers(
+    config: dict[str, Any], seed: int, data: st.DataObject
+) -> None:
+    """The user's door: chunks, the store's wire format, then decode beside another sequence."""
+    length = data.draw(st.integers(2, 300), label="length")
+    with built(config, seed) as source:
+        tokens = source.tokens(length, seed)
+        given_, beside, out = (source.folder / name for name in ("t.json", "b.json", "out"))
+        given_.write_text(json.dumps(tokens))
+        beside.write_text(json.dumps(tokens[::-1]))
+        prefill = max(length - data.draw(st.integers(1, 16), label="decoded"), 1)
+        flags = {
+            "--tokens": given_,
+            "--out": out,
+            "--batch-with": beside,
+            "--chunk-tokens": data.draw(st.integers(16, 300), label="chunk"),
+            "--prefill-tokens": prefill,
+            "--kv-cache-dtype": "fp32",
+            "--dtype": "float32",
+        }
+        line = [str(part) for pair in flags.items() for part in pair]
+        assert main(["logits", str(source.folder), *line]) == 0
+        Differences().compare("logits", load_file(out)["logits"], source.watched(tokens))
 
 
 @drawn.examples(5)

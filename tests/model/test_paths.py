@@ -5,6 +5,7 @@ classes").
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +80,30 @@ def test_three_companions_change_no_bit(name: str, kv: str, model: Models) -> No
         engine.forward([side[0], Segment(sequence, tokens[done : done + size]), *side[1:]])
         done, turn = done + size, turn + 1
     assert snapshot(engine, sequence) == alone
+
+
+def test_more_entries_than_one_tile_of_index_keys(tmp_path: Path) -> None:
+    """4300 tokens are 1075 entries; a tile of keys holds 1024. One layer of each compressor."""
+    changes = {"ratios": [4, 4, 2], "max_position_embeddings": 8192, "index_topk": 16}
+    source = oracle.build_changed(changes, tmp_path)
+    engine = load_engine(source.folder)
+    length, cut = 4300, 4290
+    tokens = source.tokens(length)
+    sequence = engine.open(length)
+    state = engine.forward([Segment(sequence, tokens, (cut,))])[0].states[cut]
+    whole = snapshot(engine, sequence)
+    chunked = engine.open(8192)
+    for start in range(0, length, 1500):
+        side = Segment(engine.open(50), tokens[start : start + 50])
+        engine.forward([side, Segment(chunked, tokens[start : start + 1500])])
+    assert snapshot(engine, chunked) == whole
+    restored = engine.open(5000)
+    for index in range(cut // 256):
+        engine.load_block(restored, index, whole[index])
+    engine.load_state(restored, cut, state)
+    for token in tokens[cut:]:
+        engine.forward([Segment(restored, [token])])
+    assert snapshot(engine, restored) == whole
 
 
 def test_fingerprint_tells_formats_types_and_weights_apart(model: Models) -> None:

@@ -49,7 +49,7 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], *words: str, **kwa
     assert said.out == ""
     assert said.err.startswith("penstock: ")
     assert said.err.count("\n") == 1
-    assert len(said.err) < 4000
+    assert len(said.err) < 2500
     assert "unexpected" not in said.err.split(":")[1], "not a sentence of ours"
     for word in words:
         assert word in said.err, word
