@@ -84,7 +84,8 @@ def test_three_companions_change_no_bit(name: str, kv: str, model: Models) -> No
 
 def test_more_entries_than_one_tile_of_index_keys(tmp_path: Path) -> None:
     """4300 tokens are 1075 entries; a tile of keys holds 1024. One layer of each compressor."""
-    changes = {"ratios": [4, 4, 2], "max_position_embeddings": 8192, "index_topk": 16}
+    changes = {"ratios": [4, 2], "hidden_size": 32, "head_dim": 64, "index_topk": 16}
+    changes |= {"max_position_embeddings": 8192, "index_head_dim": 64}
     source = oracle.build_changed(changes, tmp_path)
     engine = load_engine(source.folder)
     length, cut = 4300, 4290
@@ -93,9 +94,9 @@ def test_more_entries_than_one_tile_of_index_keys(tmp_path: Path) -> None:
     state = engine.forward([Segment(sequence, tokens, (cut,))])[0].states[cut]
     whole = snapshot(engine, sequence)
     chunked = engine.open(8192)
-    for start in range(0, length, 1500):
+    for start in range(0, length, 2100):
         side = Segment(engine.open(50), tokens[start : start + 50])
-        engine.forward([side, Segment(chunked, tokens[start : start + 1500])])
+        engine.forward([side, Segment(chunked, tokens[start : start + 2100])])
     assert snapshot(engine, chunked) == whole
     restored = engine.open(5000)
     for index in range(cut // 256):
