@@ -37,7 +37,7 @@ from tests.model import drawn, oracle
 from tests.model.engine_contract import snapshot
 
 # Beyond one pass of 1024 rows only in the long profile; test_paths.py does it in every run.
-MOST = 2200 if drawn.LONG else 640
+MOST = 1500 if drawn.LONG else 640
 SPARE = 16
 SLACK = 2e-5
 FORMATS = [(kv, dtype) for kv in ("fp8", "bf16", "fp32") for dtype in ("float32", "bfloat16")]
