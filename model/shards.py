@@ -23,8 +23,8 @@ from penstock.errors import ModelLoadError
 Bytes = npt.NDArray[np.uint8]
 
 INDEX_FILE = "model.safetensors.index.json"
-BUFFER_BYTES = 8 << 20
-"""Most bytes read at once."""
+BUFFER_BYTES = 512 << 10
+"""Most bytes read at once: what they become still fits a core's cache."""
 _LARGEST_HEADER = 128 << 20
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
 _BITS |= {"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8}
