@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from model.config import DraftKind, ModelConfig
 from model.grid import Grid
+from model.rounding import rounded_inputs
 from model.tensors import (
     BASE,
     PLAIN,
@@ -182,3 +183,37 @@ def test_a_grid_that_does_not_divide_the_model_is_refused_with_the_numbers(
         check_grid(config, grid, rounding=rounding)
     print(caught.value.message)
     assert "\n" not in caught.value.message
+
+
+def test_t4_rope_bases_and_limits_are_the_configs_not_code_defaults() -> None:
+    for name, scale in (("flash", 1.5), ("pro", 2.5)):
+        config = real(name)
+        assert (config.compress_rope_theta, config.swiglu_limit) == (160000.0, 10.0)
+        assert config.route_scale == scale
+    raw = json.loads((CONFIGS / "flash.json").read_text())
+    for key in ("compress_rope_theta", "swiglu_limit", "routed_scaling_factor"):
+        with pytest.raises(ModelLoadError, match=f"lacks {key}"):
+            ModelConfig.parse({name: value for name, value in raw.items() if name != key})
+
+
+def test_t10_router_compressors_and_head_are_never_quantised() -> None:
+    for name, weight in expected_tensors(real("pro"), RELEASED, drafts=True).items():
+        kept = ("gate.", "compressor.", "weights_proj", "norm", "hc_", "embed", "head", "attn_sink")
+        assert weight.kind.scaled != any(part in name for part in kept), name
+
+
+def test_t20_activations_are_rounded_before_every_quantised_linear_but_wo_a() -> None:
+    table = expected_tensors(real("flash_0731"), RELEASED, drafts=True)
+    rounded = rounded_inputs(table)
+    scaled = {name for name, weight in table.items() if weight.kind.scaled}
+    left = {name for name in scaled if name not in rounded}
+    assert left == {name for name in table if name.endswith("attn.wo_a.weight")}
+    assert {"layers.5.attn.wq_b.weight", "mtp.0.main_proj.weight"} <= rounded
+    assert not rounded_inputs(expected_tensors(real("flash")))
+
+
+def test_t23_the_one_kv_head_is_on_every_rank() -> None:
+    table = expected_tensors(real("flash"), RELEASED)
+    for name, weight in table.items():
+        if "attn.wkv" in name or "compressor" in name or "kv_norm" in name:
+            assert weight.local_shape(Grid(tp=8, rank=5)) == weight.shape, name
