@@ -170,8 +170,8 @@ def _seconds(work: Callable[[], None]) -> float:
 
 @contextmanager
 def _node(memory_bytes: int) -> Iterator[str]:
-    from cluster.launchers.process import ChildProcess
     from kvstore.config import StoreConfig
+    from penstock.child import ChildProcess
 
     child = ChildProcess(
         "kvstore",

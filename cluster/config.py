@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from kvstore.config import StoreConfig
 from penstock.errors import UsageError
 from penstock.settings import Section, Size, did_you_mean, validated
-from penstock.worker import ModelSpec
+from penstock.worker import ModelSpec, RankSpec
 
 ENV_PREFIX = "PENSTOCK_"
 # Read by rooms that start without this file.
@@ -122,16 +122,25 @@ class KvStoreSection(StoreConfig):
 
 
 class ParallelSection(Section):
-    """How one model is split over devices."""
+    """Over how many ranks one worker's model is cut (docs/parallel.md)."""
 
-    tensor: int = Field(default=1, ge=1)
+    tensor: int = Field(default=1, ge=1, le=4096)
+    """Ranks that share heads, output groups and the width of every expert."""
+    expert: int = Field(default=1, ge=1, le=4096)
+    """Ranks that share the routed experts; heads and output groups are cut over them as well."""
+    prefill_context: int = Field(default=1, ge=1, le=4096)
+    """Ranks of a prefill worker that share a chunk's rows."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    """Longest wait of one rank for another in the middle of a model step; then the worker is given
+    up and replaced.
+    """
 
-    @field_validator("tensor")
-    @classmethod
-    def _one(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError(f"tensor parallelism over {value} devices is not built yet; use 1")
-        return value
+    def of_role(self, role: str) -> RankSpec:
+        """The ranks of a `prefill` or `decode` worker."""
+        context = self.prefill_context if role == "prefill" else 1
+        return RankSpec(
+            tensor=self.tensor, expert=self.expert, context=context, timeout_s=self.timeout_s
+        )
 
 
 class LauncherSection(Section):

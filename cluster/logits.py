@@ -19,7 +19,7 @@ from model.open import open_engine
 from penstock.blocks import BLOCK_TOKENS, ObjectKind
 from penstock.errors import InvalidRequestError, UsageError
 from penstock.identity import Chain
-from penstock.worker import ModelSpec
+from penstock.worker import ModelSpec, RankSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,6 +50,7 @@ def read_tokens(path: Path, info: EngineInfo) -> list[int]:
 
 def run(
     spec: ModelSpec,
+    ranks: RankSpec,
     *,
     tokens_path: Path,
     out_path: Path,
@@ -63,7 +64,7 @@ def run(
 
     if chunk_tokens < 1:
         raise UsageError(f"--chunk-tokens must be at least 1, not {chunk_tokens}")
-    engine = open_engine(spec)
+    engine = open_engine(spec, ranks)
     try:
         tokens = read_tokens(tokens_path, engine.info)
         beside = read_tokens(batch_with, engine.info) if batch_with else None

@@ -61,7 +61,11 @@ class Stepper:
             self._step(outcomes)
         except Exception as error:
             _log.exception("a decode step failed")
-            failure = PenstockError(f"the model failed in a decode step: {error}")
+            failure = (
+                error
+                if isinstance(error, PenstockError)
+                else PenstockError(f"the model failed in a decode step: {error}")
+            )
             return [Outcome(o.stream, o.start, error=failure) for o in outcomes]
         return outcomes
 

@@ -17,6 +17,7 @@ from kvstore.contracts import BlockStore
 from kvstore.directory_client import DirectoryClient
 from model.engine import Engine
 from model.open import open_engine
+from model.ranks.followers import ChildRank, RankStarter
 from penstock.errors import (
     ContextLengthError,
     InvalidRequestError,
@@ -25,7 +26,14 @@ from penstock.errors import (
 )
 from penstock.identity import Chain
 from penstock.request import Sampling, StopRule
-from penstock.rpc import WorkerHost, Write, check_fingerprint, check_tokens, unary_stream
+from penstock.rpc import (
+    WorkerHost,
+    Write,
+    check_fingerprint,
+    check_tokens,
+    reachable,
+    unary_stream,
+)
 from penstock.tokenizer import open_tokenizer
 from penstock.worker import WorkerSpec
 from protos.penstock.kv.v1 import kv_pb2
@@ -35,13 +43,16 @@ SERVICE = "penstock.worker.v1.Decode"
 DEFAULT_PREFILL_TIMEOUT_S = 3600.0
 
 
-async def open_worker(spec: WorkerSpec) -> DecodeWorker:
+async def open_worker(spec: WorkerSpec, start: RankStarter = ChildRank) -> DecodeWorker:
     """A worker with the engine and clients that `spec` names; its `stop` closes them.
 
+    `start` starts the other ranks if the spec wants several.
     Raises ModelLoadError if the model cannot be opened. `start` it next.
     """
     try:
-        engine = await asyncio.to_thread(open_engine, spec.model)
+        engine = await asyncio.to_thread(
+            open_engine, spec.model, spec.ranks, host=reachable(spec.listen_host), start=start
+        )
         tokenizer = await asyncio.to_thread(open_tokenizer, spec.model.model)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise ModelLoadError(f"the model '{spec.model.model}' cannot be opened: {error}") from error
@@ -114,8 +125,11 @@ class DecodeWorker:
         return await self._host.start()
 
     def check(self) -> None:
-        """Raises WorkerUnavailableError unless the worker serves and its batch runs."""
+        """Raises WorkerUnavailableError unless the worker serves, its batch runs and its ranks
+        live.
+        """
         self._host.check()
+        self._engine.check()
         if not self.batch.is_alive:
             raise WorkerUnavailableError(f"decode worker {self.spec.worker_id} has no batch")
 

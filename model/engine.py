@@ -175,6 +175,11 @@ class Engine(Protocol):
         tell.
         """
 
+    def check(self) -> None:
+        """Raises WorkerUnavailableError once the engine can serve no more, because another rank of
+        it is lost. May be called from any thread, also during a call.
+        """
+
     def close(self) -> None: ...
 
 

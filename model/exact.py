@@ -18,6 +18,7 @@ from kernels.reference.indexer import KEY_TILE as INDEX_TILE
 from kernels.reference.lanes import ROW_MULTIPLE, round_up
 from model.cache import ENTRY_TILE
 from model.config import ModelConfig
+from model.grid import Grid
 from penstock.errors import ModelLoadError
 
 _ROW_COUNTS = (16, 32, 48, 64, 80, 128, 144, 256)
@@ -95,7 +96,7 @@ def _rows_alike(
 
 
 def check_machine(
-    config: ModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype
+    config: ModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype, grid: Grid
 ) -> int | None:
     """Row tile for linears; raises if this machine cannot be exact (model.exact)."""
     shapes: dict[torch.dtype, set[tuple[int, int]]] = {torch.float32: set(), dtype: set()}
@@ -109,13 +110,14 @@ def check_machine(
         if name.endswith(("wkv.weight", ".w1.weight")) and "attn.wkv" not in name:
             rows *= 2
         if "wo_a" in name:
-            rows //= config.o_groups
+            rows //= max(config.o_groups // grid.plane, 1)
         shapes[kind].add((inputs, rows))
         if tensor.shape[0] == rows and tensor.dtype == kind:
             real[kind].setdefault((inputs, rows), tensor)
     if config.last_csa_layer is not None:
         shapes[torch.float32] |= {(config.index_dim, INDEX_TILE), (config.index_dim,) * 2}
-    heads = config.heads * QUERY_TILE
+    local_heads = config.heads // grid.plane
+    heads = local_heads * QUERY_TILE
     keys = round_up(config.window + QUERY_TILE, ROW_MULTIPLE)
     batches = [(heads, config.head_dim, keys), (heads, keys, config.head_dim)]
     batches.append((config.streams, config.streams, config.hidden))
@@ -123,7 +125,7 @@ def check_machine(
         batches.append((rows, config.head_dim, ENTRY_TILE))
         batches.append((rows, ENTRY_TILE, config.head_dim))
     if config.last_csa_layer is not None:
-        few = round_up(config.heads, ROW_MULTIPLE)
+        few = round_up(local_heads, ROW_MULTIPLE)
         slots = round_up(config.index_topk, ROW_MULTIPLE)
         batches += [(few, config.head_dim, slots), (few, slots, config.head_dim)]
     check_batches(batches)

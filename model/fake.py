@@ -282,6 +282,9 @@ class FakeEngine:
         picked = _picked_row(mine.digest, rows)
         return [Evidence(picked * _RATIO, (picked + 1) * _RATIO, 1.0)]
 
+    def check(self) -> None:
+        return
+
     def close(self) -> None:
         self._open.clear()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from model.layout import KvFormat
 from model.options import DTYPES, NUMERICS, EngineOptions
 from model.plan import Need, check_fit, free_host_bytes, weight_bytes, work_bytes
 from model.progress import Progress
+from model.ranks.communicator import Communicator, alone
 from model.rounding import Rounding, rounded_inputs
 from model.tensors import Expected, check_grid
 from model.torch_engine import TorchEngine
@@ -35,11 +37,12 @@ def load_engine(
     max_model_len: int | None = None,
     draft_tokens: int | Literal["auto"] = 0,
     draft_confidence: float = 0.0,
+    comm: Communicator | None = None,
 ) -> TorchEngine:
     """Load an official model folder. Raises `ModelLoadError` with one sentence.
 
     `dtype` auto: bfloat16 for a quantised checkpoint, float32 for a plain one. `rounding`: see
-    `Rounding.choose`.
+    `Rounding.choose`. `comm`: this rank's place among several; it holds its part of the weights.
     Class `exact` sets torch to one thread: a product split over threads may round differently.
     """
     kv = KvFormat(_choice("kv_cache_dtype", kv_cache_dtype, [k.value for k in KvFormat]))
@@ -58,7 +61,7 @@ def load_engine(
             f"max_model_len {limit} is outside 1..{config.max_positions}, "
             "the model's max_position_embeddings"
         )
-    grid = Grid()
+    grid = Grid() if comm is None else comm.grid
     checkpoint = open_checkpoint(folder, config)
     with checkpoint.shards:
         quantised = checkpoint.precision.quantised
@@ -82,7 +85,11 @@ def load_engine(
         _check_fit(
             checkpoint, table, grid, options, lambda tokens: cache_bytes(config, tokens, drafts)
         )
-        with Progress(f"Loading {Path(folder).name}", stored_bytes(checkpoint, table, grid)) as bar:
+        shown: AbstractContextManager[Progress | None] = nullcontext()
+        if grid.rank == 0:
+            total = stored_bytes(checkpoint, table, grid)
+            shown = Progress(f"Loading {Path(folder).name}", total)
+        with shown as bar:
             weights = read_weights(
                 checkpoint, dtype=DTYPES[chosen], grid=grid, drafts=drafts is not None, progress=bar
             )
@@ -91,11 +98,12 @@ def load_engine(
     return TorchEngine(
         config,
         weights.tensors,
-        weights_digest=weights.digest,
+        weights_digest=weights.digest_of((comm or alone()).plane_numbers(weights.share)),
         options=options,
         ops=ops,
         rounded=rounded_inputs(table),
         drafts=drafts,
+        comm=comm,
     )
 
 

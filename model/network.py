@@ -26,8 +26,10 @@ from model.layers.head import HeadCollapse
 from model.layers.indexer import Indexer
 from model.layers.moe import Expert, Moe, Router
 from model.linear import Linear, linear
+from model.ranks.communicator import Communicator
 from model.rounding import Rounding
 from model.rows import Rows, Span
+from model.tensors import local_experts
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ class Network:
         row_tile: int | None,
         rounding: Rounding,
         rounded: frozenset[str],
+        comm: Communicator,
         drafts: DraftPlan | None = None,
     ) -> None:
-        """`tensors` is emptied on the way: a tensor that is stacked with others would else lie in
-        memory twice. `rounded` names the weights whose inputs may be rounded.
+        """`tensors` are this rank's parts, emptied on the way: what is stacked with others would
+        else lie in memory twice. `rounded` names the weights whose inputs may be rounded.
         """
+        self._comm = comm
         self._config, self._ops, self._codec, self._dtype = config, ops, codec, dtype
         self._tensors, self._row_tile = tensors, row_tile
         self._rounding = rounding
@@ -125,7 +129,9 @@ class Network:
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """[R, V] fp32 of collapsed and normalised rows."""
-        return self._head(self._ops.pad_rows(hidden_RD))[: hidden_RD.shape[0]]
+        part = self._head(self._ops.pad_rows(hidden_RD))[: hidden_RD.shape[0]]
+        # A vocabulary that the plane does not divide is whole on every rank.
+        return part if part.shape[1] == self._config.vocab_size else self._comm.join_plane(part)
 
     def _linear(self, *names: str, dtype: torch.dtype | None = None) -> Linear:
         """Several weights stacked along their outputs make one product."""
@@ -209,7 +215,8 @@ class Network:
 
     def _attention(self, layer: int, name: str) -> Attention:
         c, ratio = self._config, self._ratio(layer)
-        groups = self._stacked(name + "wo_a.weight").chunk(c.o_groups)
+        plane = self._comm.grid.plane
+        groups = self._stacked(name + "wo_a.weight").chunk(max(c.o_groups // plane, 1))
         weights = AttentionWeights(
             wq_a=self._linear(name + "wq_a.weight"),
             q_norm_Q=self._vector(name + "q_norm.weight"),
@@ -239,11 +246,12 @@ class Network:
             self._codec,
             weights,
             ratio=ratio,
-            heads=c.heads,
+            heads=c.heads // plane,
             head_dim=c.head_dim,
             norm_eps=c.norm_eps,
             compressor=self._compressor(layer, name + "compressor.") if ratio else None,
             indexer=indexer,
+            comm=self._comm,
         )
 
     def _compressor(self, layer: int, name: str) -> Compressor:
@@ -265,11 +273,14 @@ class Network:
             bias_E=None if hashed else self._vector(name + "gate.bias"),
             table_VK=self._hash_table(name) if hashed else None,
         )
+        experts = local_experts(c.experts, self._comm.grid)
         return Moe(
             self._ops,
             router,
-            [self._expert(f"{name}experts.{e}.") for e in range(c.experts)],
+            [self._expert(f"{name}experts.{e}.") for e in experts],
             self._expert(name + "shared_experts."),
+            comm=self._comm,
+            first=experts.start,
             active=c.active_experts,
             route_scale=c.route_scale,
             limit=c.swiglu_limit,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from model.config import ModelConfig
+from model.grid import Grid
 from model.layout import LAYOUT_VERSION, KvFormat
 from model.rounding import Rounding
 from penstock.blocks import BLOCK_TOKENS
@@ -35,6 +36,7 @@ def fingerprint_facts(
     layout: str,
     kernel_set: str,
     row_tile: int | None,
+    grid: Grid,
 ) -> dict[str, object]:
     """All that changes the stored numbers (architecture.md). Class `fast` leaves the platform
     out.
@@ -50,7 +52,8 @@ def fingerprint_facts(
         "block_tokens": BLOCK_TOKENS,
     }
     if options.numerics == "exact":
-        facts["parallel"] = {"tp": 1, "ep": 1, "cp": 1}
+        # Context parallel moves rows and splits no sum (model.grid).
+        facts["parallel"] = {"tp": grid.tp, "ep": grid.ep}
         facts["platform"] = {
             "device": "cpu",
             "isa": torch.backends.cpu.get_cpu_capability(),

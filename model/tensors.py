@@ -49,6 +49,12 @@ class Cut(StrEnum):
     """An expert of this ep rank; its outputs over tp."""
     EXPERT_COLUMNS = "expert_columns"
     """An expert of this ep rank; its inputs over tp."""
+    GROUP_ROWS = "group_rows"
+    """Whole output groups over the plane; with fewer groups than ranks, the ranks of a group share
+    its inputs: what they make is summed behind `wo_b`, which is linear.
+    """
+    GROUP_COLUMNS = "group_columns"
+    """Inputs of the same groups: all that a rank's share of them goes into."""
     VOCABULARY = "vocabulary"
     """Outputs over the plane if it divides them, else whole: the ranks' logits are gathered."""
 
@@ -90,6 +96,8 @@ class Expected:
     """Number of the routed expert that it belongs to."""
     experts: int = 0
     """Routed experts of that layer (0 where `expert` is None)."""
+    groups: int = 0
+    """Output groups (0 but for `GROUP_ROWS` and `GROUP_COLUMNS`)."""
 
     @property
     def numbers(self) -> int:
@@ -112,6 +120,13 @@ class Expected:
                 return whole if uneven else _cut(whole, 0, grid.plane, grid.plane_rank)
             case Cut.ROWS | Cut.COLUMNS:
                 return _cut(whole, int(self.cut is Cut.COLUMNS), grid.plane, grid.plane_rank)
+            case Cut.GROUP_ROWS | Cut.GROUP_COLUMNS:
+                dim, ways = int(self.cut is Cut.GROUP_COLUMNS), min(self.groups, grid.plane)
+                sharers = grid.plane // ways
+                group = _cut(whole, dim, ways, grid.plane_rank // sharers)
+                if self.cut is Cut.GROUP_COLUMNS or sharers == 1:
+                    return group
+                return _cut(group, 1, sharers, grid.plane_rank % sharers)
             case Cut.EXPERT_ROWS | Cut.EXPERT_COLUMNS:
                 assert self.expert is not None
                 if self.expert not in local_experts(self.experts, grid):
@@ -145,7 +160,8 @@ def check_grid(config: ModelConfig, grid: Grid, *, rounding: bool = False) -> No
     c = config
     plane = f"{grid.plane} ranks (tensor parallel {grid.tp} x expert parallel {grid.ep})"
     wrong = []
-    if c.o_groups % grid.plane:
+    shared = grid.plane % c.o_groups == 0 and not rounding
+    if c.heads % grid.plane or (c.o_groups % grid.plane and not shared):
         wrong.append(
             f"{c.heads} heads in {c.o_groups} output groups (o_groups) cannot be cut over {plane}"
         )
@@ -301,8 +317,14 @@ def _attention(c: ModelConfig, dense: Kind, name: str, ratio: int) -> Rows:
     yield name + "wkv.weight", Expected((c.head_dim, c.hidden), dense)
     yield name + "kv_norm.weight", Expected((c.head_dim,))
     wide = c.heads // c.o_groups * c.head_dim
-    yield name + "wo_a.weight", Expected((c.o_groups * c.o_rank, wide), dense, Cut.ROWS)
-    yield name + "wo_b.weight", Expected((c.hidden, c.o_groups * c.o_rank), dense, Cut.COLUMNS)
+    yield (
+        name + "wo_a.weight",
+        Expected((c.o_groups * c.o_rank, wide), dense, Cut.GROUP_ROWS, groups=c.o_groups),
+    )
+    yield (
+        name + "wo_b.weight",
+        Expected((c.hidden, c.o_groups * c.o_rank), dense, Cut.GROUP_COLUMNS, groups=c.o_groups),
+    )
     yield name + "attn_sink", Expected((c.heads,), Kind.FP32, Cut.ROWS)
     if ratio:
         yield from _compressor(c.hidden, name + "compressor.", ratio, c.head_dim)

@@ -35,6 +35,7 @@ from model.exact import check_machine
 from model.layout import cache_layout
 from model.network import Chunk, Network
 from model.options import DTYPES, EngineOptions, fingerprint_facts
+from model.ranks.communicator import Communicator, alone
 from model.rows import Span
 from penstock.blocks import BLOCK_TOKENS
 from penstock.identity import fingerprint
@@ -68,7 +69,10 @@ class TorchEngine:
         ops: kernel_ops.ReferenceOps,
         rounded: frozenset[str] = frozenset(),
         drafts: DraftPlan | None = None,
+        comm: Communicator | None = None,
     ) -> None:
+        """`tensors` are the parts of `comm`'s rank; None: one rank alone."""
+        self._comm = comm or alone()
         self._config, self._drafts = config, drafts
         index = options.rounding.index_rows
         dtype = DTYPES[options.dtype]
@@ -80,7 +84,7 @@ class TorchEngine:
         row_tile = None
         # Native kernels compute each row alone: there is nothing to check.
         if options.numerics == "exact" and ops.row_multiple > 1:
-            row_tile = check_machine(config, tensors, dtype)
+            row_tile = check_machine(config, tensors, dtype, self._comm.grid)
         with torch.inference_mode():
             self._network = Network(
                 config,
@@ -92,6 +96,7 @@ class TorchEngine:
                 rounding=options.rounding,
                 rounded=rounded,
                 drafts=drafts,
+                comm=self._comm,
             )
         self._threads = torch.get_num_threads() if options.numerics == "exact" else None
         self._owner = object()
@@ -99,7 +104,13 @@ class TorchEngine:
         self._info = EngineInfo(
             fingerprint=fingerprint(
                 fingerprint_facts(
-                    config, options, weights_digest, self._layout.to_json(), ops.name, row_tile
+                    config,
+                    options,
+                    weights_digest,
+                    self._layout.to_json(),
+                    ops.name,
+                    row_tile,
+                    self._comm.grid,
                 )
             ),
             layout=self._layout,
@@ -253,10 +264,14 @@ class TorchEngine:
             for entry, mass in mine.evidence
         ]
 
+    def check(self) -> None:
+        return
+
     def close(self) -> None:
         for sequence in self._open.values():
             sequence.release()
         self._open.clear()
+        self._comm.close()
 
     def _pin_threads(self) -> None:
         """torch counts threads per calling thread: one that used torch before, or a second engine

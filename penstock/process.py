@@ -21,6 +21,7 @@ from penstock.errors import PenstockError
 from penstock.worker import WorkerSpec
 
 _DRAIN_TIMEOUT_S = 60.0
+_CHECK_PERIOD_S = 1.0
 _STDIN = 0
 
 
@@ -28,6 +29,9 @@ class Worker(Protocol):
     """What this program asks of a worker."""
 
     async def start(self) -> str: ...
+
+    def check(self) -> None:
+        """Raises a `PenstockError` once the worker can serve no more and must be replaced."""
 
     async def drain(self, timeout_s: float) -> bool: ...
 
@@ -82,7 +86,8 @@ async def _serve(spec: WorkerSpec, open_worker: Open) -> int:
     worker = await open_worker(spec)
     try:
         print(f"ready {await worker.start()}", flush=True)
-        await _first(asked, orphaned)
+        while not await _first(asked, orphaned, timeout_s=_CHECK_PERIOD_S):
+            worker.check()
         if not orphaned.is_set():
             draining = asyncio.create_task(worker.drain(_DRAIN_TIMEOUT_S))
             leash = asyncio.create_task(orphaned.wait())
@@ -94,11 +99,13 @@ async def _serve(spec: WorkerSpec, open_worker: Open) -> int:
     return 0
 
 
-async def _first(*events: asyncio.Event) -> None:
+async def _first(*events: asyncio.Event, timeout_s: float) -> bool:
+    """Whether one of them was set within the time."""
     waiting = [asyncio.create_task(event.wait()) for event in events]
-    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait(waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     for task in waiting:
         task.cancel()
+    return any(event.is_set() for event in events)
 
 
 def _first_line() -> str:

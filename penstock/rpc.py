@@ -174,7 +174,7 @@ class WorkerServer:
             raise UsageError(f"a worker cannot listen on {self._host}: {error}") from error
         await self._server.start()
         await self.set_serving(True)
-        return f"{_reachable(bracketed)}:{port}"
+        return f"{reachable(bracketed)}:{port}"
 
     async def set_serving(self, serving: bool) -> None:
         """What the health service answers."""
@@ -316,9 +316,9 @@ class WorkerHost:
             _log.debug("the directory was not told of the drain: %s", error.message)
 
 
-def _reachable(host: str) -> str:
+def reachable(host: str) -> str:
     """A wildcard is no address to call: this machine's own instead."""
-    if host not in ("0.0.0.0", "[::]"):
+    if host not in ("0.0.0.0", "::", "[::]"):
         return host
     try:
         return socket.gethostbyname(socket.gethostname())

@@ -53,6 +53,22 @@ class ModelSpec(BaseModel):
     """Share of the fake's draft tokens that are right; it drafts only if told how many."""
 
 
+class RankSpec(BaseModel):
+    """Over how many ranks one worker's model is cut (docs/parallel.md)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tensor: int = Field(default=1, ge=1)
+    expert: int = Field(default=1, ge=1)
+    context: int = Field(default=1, ge=1)
+    timeout_s: float = Field(default=60.0, gt=0)
+    """Longest wait of one rank for another in the middle of a model step."""
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.expert * self.context
+
+
 class WorkerSpec(BaseModel):
     """Identity, addresses and limits of one prefill or decode worker."""
 
@@ -64,6 +80,7 @@ class WorkerSpec(BaseModel):
     index_url: str | None = None
     """Redis URL of the index, or None for the store node's own."""
     listen_host: str = "127.0.0.1"
+    ranks: RankSpec = RankSpec()
     heartbeat_s: float = Field(default=1.0, gt=0)
     directory_ttl_s: float = Field(default=5.0, gt=0)
     lease_ttl_s: float = Field(default=30.0, gt=0)

@@ -12,13 +12,21 @@ from kvstore.contracts import BlockStore
 from kvstore.directory_client import DirectoryClient
 from model.engine import Engine
 from model.open import open_engine
+from model.ranks.followers import ChildRank, RankStarter
 from penstock.errors import (
     ContextLengthError,
     InvalidRequestError,
     ModelLoadError,
 )
 from penstock.identity import Chain
-from penstock.rpc import WorkerHost, Write, check_fingerprint, check_tokens, unary_stream
+from penstock.rpc import (
+    WorkerHost,
+    Write,
+    check_fingerprint,
+    check_tokens,
+    reachable,
+    unary_stream,
+)
 from penstock.worker import WorkerSpec
 from prefill.job import Listener, Outcome, Prompt, PromptRunner
 from prefill.scheduler import PromptScheduler
@@ -29,13 +37,16 @@ from protos.penstock.worker.v1 import worker_pb2
 SERVICE = "penstock.worker.v1.Prefill"
 
 
-async def open_worker(spec: WorkerSpec) -> PrefillWorker:
+async def open_worker(spec: WorkerSpec, start: RankStarter = ChildRank) -> PrefillWorker:
     """A worker with the engine and clients that `spec` names; its `stop` closes them.
 
+    `start` starts the other ranks if the spec wants several.
     Raises ModelLoadError if the model cannot be opened. `start` it next.
     """
     try:
-        engine = await asyncio.to_thread(open_engine, spec.model)
+        engine = await asyncio.to_thread(
+            open_engine, spec.model, spec.ranks, host=reachable(spec.listen_host), start=start
+        )
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise ModelLoadError(f"the model '{spec.model.model}' cannot be opened: {error}") from error
     store = StoreClient(
@@ -98,8 +109,9 @@ class PrefillWorker:
         return await self._host.start()
 
     def check(self) -> None:
-        """Raises WorkerUnavailableError unless the worker serves."""
+        """Raises WorkerUnavailableError unless the worker serves and its ranks live."""
         self._host.check()
+        self._engine.check()
 
     async def drain(self, timeout_s: float = 60.0) -> bool:
         """Refuse new requests and wait for those that run. False if some still run after that."""

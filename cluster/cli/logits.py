@@ -9,11 +9,14 @@ from typing import Annotated
 import typer
 
 from cluster.cli.options import (
+    ContextParallel,
     DeviceOption,
     Dtype,
+    ExpertParallel,
     KvCacheDtypeOption,
     NumericsOption,
     RoundingOption,
+    TensorParallel,
 )
 from cluster.cli.serve import text
 
@@ -40,6 +43,9 @@ def logits(
     numerics: NumericsOption = None,
     rounding: RoundingOption = None,
     device: DeviceOption = None,
+    tensor_parallel_size: TensorParallel = None,
+    expert_parallel_size: ExpertParallel = None,
+    prefill_context_parallel_size: ContextParallel = None,
 ) -> int:
     from cluster.config import resolve
 
@@ -53,6 +59,9 @@ def logits(
             "model.device": text(device),
             # Drafts change no logits, and nothing is drafted here.
             "model.num_speculative_tokens": 0,
+            "parallel.tensor": tensor_parallel_size,
+            "parallel.expert": expert_parallel_size,
+            "parallel.prefill_context": prefill_context_parallel_size,
         }
     )
     # By name, because this is the one command that loads torch into the command line's process; an
@@ -60,6 +69,7 @@ def logits(
     tool = importlib.import_module("cluster.logits")
     code: int = tool.run(
         resolved.config.model_spec(),
+        resolved.config.parallel.of_role("prefill"),
         tokens_path=tokens,
         out_path=out,
         chunk_tokens=chunk_tokens,

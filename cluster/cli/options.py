@@ -44,6 +44,22 @@ Launcher = Annotated[
     LauncherKind | None,
     typer.Option("--launcher", help="What starts the processes: a Ray cluster or subprocesses."),
 ]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option(
+        "--tensor-parallel-size", min=1, help="Ranks that share heads and experts' widths."
+    ),
+]
+ExpertParallel = Annotated[
+    int | None,
+    typer.Option("--expert-parallel-size", min=1, help="Ranks that share the routed experts."),
+]
+ContextParallel = Annotated[
+    int | None,
+    typer.Option(
+        "--prefill-context-parallel-size", min=1, help="Ranks that share a prefill chunk's rows."
+    ),
+]
 DeviceOption = Annotated[
     Device | None,
     typer.Option("--device", help="Where the model runs (auto: GPU if there is one)."),

@@ -9,12 +9,15 @@ import typer
 
 from cluster.cli.options import (
     ConfigFile,
+    ContextParallel,
     DeviceOption,
     DraftTokensOption,
+    ExpertParallel,
     KvCacheDtypeOption,
     Launcher,
     NumericsOption,
     RoundingOption,
+    TensorParallel,
 )
 from penstock.errors import UsageError
 
@@ -36,9 +39,9 @@ def serve(
         str | None, typer.Option(help="Name under which clients ask for the model.")
     ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest context, in tokens.")] = None,
-    tensor_parallel_size: Annotated[
-        int | None, typer.Option(help="Devices that share one replica.")
-    ] = None,
+    tensor_parallel_size: TensorParallel = None,
+    expert_parallel_size: ExpertParallel = None,
+    prefill_context_parallel_size: ContextParallel = None,
     max_num_seqs: Annotated[
         int | None, typer.Option(help="Most sequences in a decode worker's batch.")
     ] = None,
@@ -78,8 +81,8 @@ def serve(
 ) -> int:
     refuse_unbuilt({"--kv-disk": kv_disk, "--journal-url": journal_url, "--grpc-port": grpc_port})
     from cluster.config import resolve
+    from model.ranks.check import check_ranks
     from penstock.chat import check_encoding
-    from penstock.folder import model_folder
 
     resolved = resolve(
         {
@@ -89,6 +92,8 @@ def serve(
             "model.served_name": served_model_name,
             "model.max_model_len": max_model_len,
             "parallel.tensor": tensor_parallel_size,
+            "parallel.expert": expert_parallel_size,
+            "parallel.prefill_context": prefill_context_parallel_size,
             "decode.max_running": max_num_seqs,
             "prefill.chunk_tokens": max_num_batched_tokens,
             "model.num_speculative_tokens": num_speculative_tokens,
@@ -110,7 +115,8 @@ def serve(
         file=config,
     )
     # Named here, before any process starts that could only fail on it.
-    model_folder(resolved.config.model.model)
+    for role in ("prefill", "decode"):
+        check_ranks(resolved.config.model_spec(), resolved.config.parallel.of_role(role))
     check_encoding(resolved.config.model.model)
     for name in (resolved.config.front.tls_cert, resolved.config.front.tls_key):
         if name is not None and not Path(name).is_file():

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from cluster.config import ClusterConfig
 from cluster.front import FrontSpec
-from cluster.launchers.process import ChildProcess
+from penstock.child import ChildProcess
 from penstock.errors import PenstockError, UnavailableError
 from penstock.worker import WorkerSpec
 
@@ -90,6 +90,7 @@ def worker_spec(
         store_address=store_address,
         index_url=config.kvstore.redis_url,
         listen_host=config.launcher.worker_host,
+        ranks=config.parallel.of_role(role),
         chunk_tokens=config.prefill.chunk_tokens,
         max_running=pool.max_running,
         max_queued=pool.max_queued,

@@ -17,7 +17,7 @@ from cluster.launchers.common import (
     wait_until_ready,
     worker_spec,
 )
-from cluster.launchers.process import ChildProcess
+from penstock.child import ChildProcess
 from penstock.errors import PenstockError, UnavailableError
 
 _log = logging.getLogger(__name__)

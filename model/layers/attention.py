@@ -25,6 +25,7 @@ from model.layers.compressor import Compressor
 from model.layers.indexer import Indexer
 from model.layout import EVIDENCE_PAIRS
 from model.linear import Linear
+from model.ranks.communicator import Communicator
 from model.rows import Rows, Span
 
 
@@ -64,7 +65,10 @@ class Attention:
         norm_eps: float,
         compressor: Compressor | None,
         indexer: Indexer | None,
+        comm: Communicator,
     ) -> None:
+        """`heads` and the weights of heads and output groups are this rank's."""
+        self._comm = comm
         self._ops, self._codec, self._w = ops, codec, weights
         self._ratio, self._heads, self._dim = ratio, heads, head_dim
         self._eps = norm_eps
@@ -183,8 +187,11 @@ class Attention:
         """Heaviest entries of each row: (entry, mass averaged over heads), ties to the lower
         entry.
         """
+        mass_RK = torch.stack(masses)
+        if self._comm.grid.plane > 1:
+            mass_RK = self._comm.sum_plane(mass_RK) / self._comm.grid.plane
         found = []
-        for row, weights in zip(picked_RK.tolist(), torch.stack(masses).tolist(), strict=True):
+        for row, weights in zip(picked_RK.tolist(), mass_RK.tolist(), strict=True):
             pairs = [(e, m) for e, m in zip(row, weights, strict=True) if e >= 0 and m > 0.0]
             found.append(sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:EVIDENCE_PAIRS])
         return found
@@ -194,7 +201,7 @@ class Attention:
         groups = len(self._w.wo_a)
         parts = out_RHC.reshape(out_RHC.shape[0], groups, -1).unbind(1)
         low = [wo(part.contiguous()) for wo, part in zip(self._w.wo_a, parts, strict=True)]
-        return self._w.wo_b(torch.cat(low, 1))
+        return self._comm.sum_plane(self._w.wo_b(torch.cat(low, 1)))
 
 
 def _owner(spans: Sequence[Span], row: int) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.ops import ReferenceOps
 from model.linear import Linear
+from model.ranks.communicator import Communicator
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,15 @@ class Moe:
         experts: Sequence[Expert],
         shared: Expert,
         *,
+        comm: Communicator,
+        first: int,
         active: int,
         route_scale: float,
         limit: float,
     ) -> None:
+        """`experts` are this rank's, numbered from `first` on; widths may be cut as well."""
         self._ops, self._router = ops, router
+        self._comm, self._first = comm, first
         self._experts, self._shared = tuple(experts), shared
         self._active, self._route_scale, self._limit = active, route_scale, limit
         self._stack = _stacked(ops, self._experts, shared)
@@ -58,11 +63,14 @@ class Moe:
         count = tokens_R.shape[0]
         ids, weights = self._route(x_RD, tokens_R)
         if self._stack is not None:
-            return self._ops.experts(x_RD, ids, weights, self._stack, first=0, limit=self._limit)
+            part = self._ops.experts(
+                x_RD, ids, weights, self._stack, first=self._first, limit=self._limit
+            )
+            return self._comm.sum_plane(part)
         shared = self._expert(self._shared, x_RD, None)
-        # Routed first, in the order of expert ids, then the shared expert.
+        # Routed first, in the order of expert ids, then the shared expert; then rank after rank.
         routed = self._routed(x_RD[:count], ids, weights)
-        return self._ops.pad_rows(routed) + shared
+        return self._comm.sum_plane(self._ops.pad_rows(routed) + shared)
 
     def _route(self, x_RD: Tensor, tokens_R: Tensor) -> tuple[Tensor, Tensor]:
         router, count = self._router, tokens_R.shape[0]
@@ -76,10 +84,12 @@ class Moe:
         order = flat.argsort(stable=True)
         x = x_RD.index_select(0, order // self._active)
         weight = weights_RK.reshape(-1).index_select(0, order)[:, None]
-        out = torch.empty((flat.shape[0], x_RD.shape[1]), dtype=torch.float32)
+        # Slots of other ranks' experts add nothing here.
+        out = torch.zeros((flat.shape[0], x_RD.shape[1]), dtype=torch.float32)
         start = 0
-        for expert, size in enumerate(torch.bincount(flat, minlength=len(self._experts)).tolist()):
-            if size:
+        for number, size in enumerate(torch.bincount(flat).tolist()):
+            expert = number - self._first
+            if size and 0 <= expert < len(self._experts):
                 part = slice(start, start + size)
                 y = self._expert(
                     self._experts[expert],

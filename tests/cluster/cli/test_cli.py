@@ -81,7 +81,7 @@ def test_serve_has_the_flags_of_the_surface(capsys: pytest.CaptureFixture[str]) 
         (["serve", "fake", "--host", "0.0.0.0"], 2, ["--api-key", "--insecure"]),
         (["serve", "fake", "--kv-memory", "much"], 2, ["much", "4GiB"]),
         (["serve", "fake", "--kv-disk", "1GiB"], 2, ["--kv-disk"]),
-        (["serve", "fake", "--tensor-parallel-size", "2"], 2, ["tensor"]),
+        (["serve", "ledger", "--tensor-parallel-size", "3"], 1, ["2 heads", "3 ranks"]),
         (["serve", "fake", "--config", "none.yaml"], 2, ["none.yaml"]),
         (["ask", "--question", "x"], 2, ["--document"]),
         (["ask", "--document", "none.txt", "--question", "x"], 2, ["none.txt"]),

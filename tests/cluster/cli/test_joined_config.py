@@ -57,7 +57,7 @@ def test_secrets_are_not_shown() -> None:
         ({}, {"PENSTOCK_FRONT__PORT": "x"}, ["front.port", "PENSTOCK_FRONT__PORT", "'x'"]),
         ({"kvstore.memory_bytes": "4 parsecs"}, {}, ["4 parsecs", "4GiB"]),
         ({"model.device": "gpu"}, {}, ["model.device", "'cpu'", "gpu"]),
-        ({"parallel.tensor": 2}, {}, ["tensor parallelism", "2"]),
+        ({"parallel.tensor": 0}, {}, ["parallel.tensor", "1"]),
         ({"front.tls_cert": "a"}, {}, ["tls_cert", "tls_key"]),
         ({"front.api_key": ","}, {}, ["no key"]),
     ],

@@ -1,4 +1,5 @@
-"""Child processes of a launcher: started with a pipe as stdin, told what to do in its first line.
+"""Child processes of a launcher or a worker: started with a pipe as stdin, told what to do in its
+first line.
 
 The pipe is the leash: a child exits when its stdin reaches the end. So a launcher that crashes,
 even by SIGKILL, leaves no process behind, and no signal or pid file has to be trusted.
@@ -41,7 +42,9 @@ class ChildProcess:
 
     @property
     def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        # Another thread may be in `stop`.
+        process = self._process
+        return process is not None and process.poll() is None
 
     def spawn(self) -> None:
         """Start without waiting; `await_ready` waits."""
@@ -80,13 +83,14 @@ class ChildProcess:
                     reader.join(1.0)
                 if self._ready.is_set():
                     break
-                raise PenstockError(self._last_words() or f"{self.name} ended during its start")
+                raise PenstockError(self.last_words or f"{self.name} ended during its start")
             if time.monotonic() > deadline:
                 raise UnavailableError(f"{self.name} was not ready after {timeout_s:.0f} s")
         return self.address
 
     def poll(self) -> int | None:
-        return self._process.poll() if self._process else None
+        process = self._process
+        return process.poll() if process else None
 
     def kill(self) -> None:
         """SIGKILL, for fault injection."""
@@ -121,7 +125,9 @@ class ChildProcess:
                     continue
         self._process = None
 
-    def _last_words(self) -> str:
+    @property
+    def last_words(self) -> str:
+        """The last line that it wrote to stderr, or nothing."""
         lines = [line for line in self._tail if line.strip()]
         return lines[-1].removeprefix("error: ").removeprefix("kvstore: ") if lines else ""
 
