@@ -130,6 +130,24 @@ def engine(
     tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Requests of each length.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 1,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="The engine in process, without a cluster.")
+    ] = False,
+    against: Annotated[
+        str | None, typer.Option(help="With --alone: `transformers` beside it, in the same run.")
+    ] = None,
+    against_most: Annotated[
+        int, typer.Option(min=16, help="With --against: its longest prompt.")
+    ] = 8192,
+    against_chunk: Annotated[
+        int, typer.Option(min=0, help="With --against: its prompt tokens a call; 0 for all.")
+    ] = 512,
+    random_model: Annotated[
+        bool, typer.Option("--random-model", help="With --alone: a Flash-shaped one of 114 M too.")
+    ] = False,
+    budget_s: Annotated[
+        float, typer.Option(min=0, help="With --alone: begins no repetition after this time.")
+    ] = 60.0,
     device: DeviceOption = None,
     config: ConfigFile = None,
 ) -> int:
@@ -138,6 +156,25 @@ def engine(
 
     report = _room("report")
     report.check_writable(json_file)
+    if not alone and (against is not None or random_model):
+        raise UsageError("--against and --random-model measure the engine alone; add --alone")
+    if alone:
+        compare = _room("engine_compare")
+        result = compare.run(
+            compare.Plan(
+                models=(model, compare.RANDOM_MODEL) if random_model else (model,),
+                lengths=tuple(length or (1024, 8192, 65_536)),
+                against=against,
+                against_most=against_most,
+                against_chunk=against_chunk,
+                repeats=repeats,
+                steps=tokens,
+                budget_s=budget_s,
+                seed=seed,
+            )
+        )
+        report.publish(result, json_file)
+        return 0
     flags = {
         "model.model": model,
         "model.device": text(device),

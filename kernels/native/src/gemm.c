@@ -96,6 +96,8 @@ INLINE void product(int bf16, const float *a, int64_t lda, int64_t rows, const c
     for (int64_t first = 0; first < rows; first += ROW_BLOCK) {
         int64_t end = first + ROW_BLOCK < rows ? first + ROW_BLOCK : rows;
         int64_t col = 0;
+        /* Widening a panel once pays when several tiles read it; without memory it is done anew. */
+        float *wide = bf16 && end - first >= 16 ? ps_scratch(5, k * WIDE) : NULL;
         if (end - first == 1)
             for (; col + 4 * WIDE <= n; col += 4 * WIDE)
                 row_of_four(bf16, a + first * lda, panels + col / WIDE * panel_bytes, k,
@@ -103,10 +105,16 @@ INLINE void product(int bf16, const float *a, int64_t lda, int64_t rows, const c
         for (; col < n; col += WIDE) {
             const char *panel = panels + col / WIDE * panel_bytes;
             int64_t r = first;
-#define STEP(size)                                                                              \
+#define STEP(size, small, from)                                                                 \
     for (; r + size <= end; r += size)                                                          \
-        tile(size, bf16, a + r * lda, lda, panel, k, n - col, c + r * ldc + col, ldc);
-            STEP(8) STEP(4) STEP(2) STEP(1)
+        tile(size, small, a + r * lda, lda, from, k, n - col, c + r * ldc + col, ldc);
+            if (wide) {
+                for (int64_t i = 0; i < k * WIDE; i += 16)
+                    st(wide + i, ld_bf16((const uint16_t *)panel + i));
+                STEP(8, 0, wide) STEP(4, 0, wide) STEP(2, 0, wide) STEP(1, 0, wide)
+            } else {
+                STEP(8, bf16, panel) STEP(4, bf16, panel) STEP(2, bf16, panel) STEP(1, bf16, panel)
+            }
 #undef STEP
         }
     }
