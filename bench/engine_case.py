@@ -105,7 +105,7 @@ def _ours(case: Case) -> tuple[int, Prefill, Step, Callable[[Any], list[float]]]
         return sequence
 
     def logits(sequence: Any) -> list[float]:
-        return engine.logits([sequence]).row(0).tolist()
+        return [float(x) for x in engine.logits([sequence]).row(0)]
 
     return engine.info.vocab_size, prefill, step, logits
 
