@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOS := protos/penstock/kv/v1/kv.proto protos/penstock/worker/v1/worker.proto
 
-.PHONY: setup demo serve test check bench proto helm docs clean
+.PHONY: setup demo serve test check bench bench-gpu proto helm docs clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,11 @@ bench: setup
 	$(BIN)/penstock bench front --json results/bench-front.json
 	$(BIN)/penstock bench store --json results/bench-store.json
 	$(BIN)/penstock bench engine --json results/bench-engine.json
+
+# Needs a CUDA device; on a CPU: `python -m bench.kernels --tiny --no-torch` with TRITON_INTERPRET=1.
+bench-gpu: setup
+	mkdir -p results
+	$(BIN)/python -m bench.kernels --json results/bench-kernels.json
 
 proto: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. \

@@ -9,7 +9,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_PACKAGES = ("penstock", "ray", "torch", "uvicorn", "fastapi", "httpx", "grpcio", "numpy")
+_PACKAGES = ("penstock", "ray", "torch", "uvicorn", "fastapi", "httpx", "grpcio", "numpy", "triton")
 
 
 def machine() -> dict[str, object]:

@@ -13,6 +13,8 @@ from kernels.device import ReferenceDeviceOps
 from kernels.ops import BACKEND_VARIABLE, BackendError, asked_backend
 
 INTERPRETER_VARIABLE = "TRITON_INTERPRET"
+# Triton has e4m3, the format of the cache and of activations, from this compute capability on.
+_LEAST_CAPABILITY = (8, 9)
 
 
 def load_device(
@@ -23,18 +25,24 @@ def load_device(
 ) -> ReferenceDeviceOps:
     """The device ops of `backend` (default: `PENSTOCK_KERNELS__BACKEND`, else `auto`) on `device`.
 
-    `auto` is Triton on CUDA and the reference elsewhere. Triton on a CPU needs its interpreter, and
-    `native` is a set for the engine on a CPU only. Raises BackendError.
+    `auto` is Triton on CUDA devices that have e4m3 and the reference elsewhere. Triton on a CPU
+    needs its interpreter, and `native` is a set for the engine on a CPU only. Raises BackendError.
     """
-    kind = torch.device(device).type
+    kind, capability = torch.device(device).type, _capability(torch.device(device))
     asked = asked_backend(backend, environ)
     if asked == "native":
         raise BackendError(
             f"kernel backend 'native' has no ops for a device engine; set {BACKEND_VARIABLE} to "
             "'auto', 'triton' or 'reference'"
         )
-    if asked in ("reference", "native") or (asked == "auto" and kind != "cuda"):
+    able = kind == "cuda" and capability >= _LEAST_CAPABILITY
+    if asked == "reference" or (asked == "auto" and not able):
         return ReferenceDeviceOps()
+    if kind == "cuda" and not able:
+        raise BackendError(
+            "kernel backend 'triton' needs compute capability 8.9 for e4m3, this device has "
+            f"{capability[0]}.{capability[1]}; set {BACKEND_VARIABLE} to 'auto' or 'reference'"
+        )
     if kind != "cuda" and environ.get(INTERPRETER_VARIABLE) != "1":
         raise BackendError(
             f"kernel backend 'triton' needs a CUDA device, not {kind!r}; set {BACKEND_VARIABLE} to "
@@ -48,3 +56,10 @@ def load_device(
             f"{BACKEND_VARIABLE}=reference"
         ) from error
     return TritonDeviceOps()
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA device; where none can be asked, the launch will say what is missing."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_capability(device)
+    return _LEAST_CAPABILITY

@@ -42,6 +42,8 @@ def sample(
         keep = torch.where(top_p_R[:, None] < 1.0, keep, logits.shape[1])
         weight = weight.masked_fill(rank >= keep, 0.0)
         mass = weight.cumsum(1)
-    place = (mass <= uniform_R[:, None] * mass[:, -1:]).sum(1).clamp_max(logits.shape[1] - 1)
-    place = torch.where(greedy, 0, place)
+    # A uniform number next to 1 may round to the whole mass, which nothing exceeds.
+    whole = mass[:, -1:]
+    threshold = torch.minimum(uniform_R[:, None] * whole, whole.nextafter(torch.zeros_like(whole)))
+    place = torch.where(greedy, 0, (mass <= threshold).sum(1))
     return order.gather(1, place[:, None])[:, 0].to(torch.int32)

@@ -270,10 +270,14 @@ def markdown(findings: Iterable[Finding]) -> str:
             known.registers,
         ):
             fullest[each.case, each.kernel] = each
+    told: set[tuple[str, ...]] = set()
     for each in fullest.values():
         cells = [str(getattr(each, name)) for name in COLUMNS]
         cells[1] = f"`{cells[1].lstrip('_')}`"
-        lines.append("| " + " | ".join((*cells, "; ".join(each.faults) or "-")) + " |")
+        # The same kernel in a further case says nothing new.
+        if tuple(cells[1:]) not in told:
+            told.add(tuple(cells[1:]))
+            lines.append("| " + " | ".join((*cells, "; ".join(each.faults) or "-")) + " |")
     return "\n".join(lines)
 
 

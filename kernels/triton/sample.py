@@ -69,7 +69,12 @@ def resolved(
     if FIRST:
         goal = tl.load(wanted + row)
         if MODE != 0:
-            goal = goal * tl.max(mass, 0)
+            # A uniform number next to 1 may round to the whole mass, which nothing exceeds.
+            whole = tl.max(mass, 0)
+            below = (whole.to(tl.int64, bitcast=True) - 1).to(tl.float64, bitcast=True)
+            goal = goal * whole
+            if MODE == 2:
+                goal = tl.minimum(goal, below)
         bound = tl.zeros([], tl.int64)
     else:
         goal = tl.load(target + row)
@@ -179,7 +184,9 @@ class _Search:
     def __init__(self, logits: Tensor, weight: Tensor) -> None:
         self.logits, self.weight = logits, weight
         self.rows, self.size = logits.shape
-        self.chunks = triton.cdiv(self.size, _CHUNK)
+        # The vocabulary fixes it, never the batch: it takes part in the order of summation.
+        self.chunk = min(_CHUNK, max(_STEP, triton.next_power_of_2(self.size)))
+        self.chunks = triton.cdiv(self.size, self.chunk)
         self.width = triton.next_power_of_2(self.chunks)
         self.tokens = self.empty(self.rows, kind=torch.int32)
 
@@ -202,7 +209,7 @@ class _Search:
                 _narrow, self.grid, self.logits, self.weight, sums, wanted_R, low, target,
                 new, new_low, new_target, self.size, self.chunks,
                 shift, _SHIFTS[max(level - 1, 0)], FIRST=level == 0,
-                SECOND=level == 1, MODE=mode, CHUNK=_CHUNK, STEP=_STEP, CHUNKS=self.width,
+                SECOND=level == 1, MODE=mode, CHUNK=self.chunk, STEP=_STEP, CHUNKS=self.width,
                 num_warps=4, num_stages=2,
             )  # fmt: skip
             sums, low, target = new, new_low, new_target
@@ -212,12 +219,12 @@ class _Search:
         launch(
             _ties, self.grid, self.logits, self.weight, sums, wanted_R, low, target,
             key, goal, above, tied, each, self.size, self.chunks,
-            MODE=mode, CHUNK=_CHUNK, CHUNKS=self.width, num_warps=4,
+            MODE=mode, CHUNK=self.chunk, CHUNKS=self.width, num_warps=4,
         )  # fmt: skip
         launch(
             _cut, self.grid, self.logits, self.weight, key, goal, above, tied, each,
             self.tokens, self.size, self.chunks,
-            MODE=mode, CHUNK=_CHUNK, CHUNKS=self.width, num_warps=4,
+            MODE=mode, CHUNK=self.chunk, CHUNKS=self.width, num_warps=4,
         )  # fmt: skip
 
 
@@ -233,10 +240,10 @@ def sample(
     weight = torch.empty(logits.shape, dtype=torch.float64, device=logits.device)
     search = _Search(logits, weight)
     top = search.empty(search.rows, search.chunks, kind=torch.float32)
-    launch(_chunk_max, search.grid, logits, top, search.size, CHUNK=_CHUNK, num_warps=4)
+    launch(_chunk_max, search.grid, logits, top, search.size, CHUNK=search.chunk, num_warps=4)
     launch(
         _weigh, search.grid, logits, top, temperature_R, weight, search.size, search.chunks,
-        CHUNK=_CHUNK, CHUNKS=search.width, num_warps=4,
+        CHUNK=search.chunk, CHUNKS=search.width, num_warps=4,
     )  # fmt: skip
     if top_k_R is not None:
         most = torch.where(top_k_R > 0, top_k_R, search.size).clamp_max(search.size)

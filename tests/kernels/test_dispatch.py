@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from kernels import ops
 from kernels.dispatch import load_device
@@ -24,6 +25,14 @@ def test_triton_on_a_cpu_needs_the_interpreter() -> None:
         load_device("cpu", "triton", environ={})
     with pytest.raises(ops.BackendError, match="no ops for the engine on a CPU"):
         ops.load("triton", environ={})
+
+
+def test_a_device_without_e4m3_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert load_device("cuda", environ={}).name == "reference-1"
+    with pytest.raises(ops.BackendError, match=r"needs compute capability 8\.9 .* has 8\.0; set"):
+        load_device("cuda", "triton", environ={})
 
 
 def test_the_cpu_s_native_set_is_not_a_device_s() -> None:

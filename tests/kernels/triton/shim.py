@@ -55,7 +55,10 @@ def _dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> A
 
 
 def install() -> None:
+    """Once a process; a second call changes nothing."""
     builder = interpreter.InterpreterBuilder
+    if builder.create_dot is _dot:
+        return
     interpreter._convert_float = _convert
     builder.create_dot = _dot
     binary = builder.binary_op

@@ -23,11 +23,11 @@ REQUESTS = st.builds(
 )
 
 
-@examples(5)
+@examples(4)
 @given(
     seed=SEEDS,
-    requests=st.lists(REQUESTS, min_size=1, max_size=3),
-    size=st.sampled_from([2, 300, 2048, 2500]),
+    requests=st.lists(REQUESTS, min_size=1, max_size=2),
+    size=st.sampled_from([2, 60, 300, 2048, 2500]),
     ties=st.booleans(),
     position=st.integers(0, 1 << 20),
 )
@@ -59,13 +59,22 @@ def test_the_drawn_token_is_the_sampler_s(
     assert REFERENCE.sample(*args, **cuts).tolist() == wanted
 
 
-@examples(2)
+@examples(6)
 @given(seed=SEEDS, uniform=st.sampled_from([0.0, 0.5, 1.0 - 2.0**-53]))
 def test_nothing_is_cut_without_limits(seed: int, uniform: float) -> None:
-    logits = Draw(seed).normal(1, 2100)
+    logits = Draw(seed).normal(1, 130)
     args = (logits, torch.tensor([uniform]).double(), torch.ones(1, dtype=torch.float64))
     order = np.argsort(-logits[0].double().numpy(), kind="stable")
     mass = np.cumsum(np.exp(logits[0].double().numpy()[order] - logits.max().item()))
-    wanted = order[min(int(np.searchsorted(mass, uniform * mass[-1], side="right")), 2099)]
+    wanted = order[min(int(np.searchsorted(mass, uniform * mass[-1], side="right")), 129)]
     assert TRITON.sample(*args).tolist() == [wanted]
     assert REFERENCE.sample(*args).tolist() == [wanted]
+
+
+def test_a_uniform_number_next_to_one_draws_the_last_token_that_has_mass() -> None:
+    """u * mass rounds to the whole mass for some masses: then nothing used to be drawn."""
+    logits = torch.tensor([[0.0, -1.0, 2.0, -0.5, float("-inf")]]).repeat(4, 1)
+    logits[:, 0] = torch.tensor([0.0, 0.3, 0.7, 1.1])
+    uniform = torch.full((4,), 1.0 - 2.0**-53, dtype=torch.float64)
+    for ops in (TRITON, REFERENCE):
+        assert ops.sample(logits, uniform, torch.ones(4, dtype=torch.float64)).tolist() == [1] * 4
