@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -226,7 +227,7 @@ def _boundary(device: torch.device, tiny: bool, *, width: int, rows: int) -> Wor
     scale, base = (normal(device, n, dtype=torch.float32) for n in (3, 24))
     post = torch.rand(rows, 4, device=device)
     comb = torch.rand(rows, 4, 4, device=device) / 4
-    kind = {"iters": 20, "eps": _EPS, "norm_eps": _EPS}
+    kind: dict[str, Any] = {"iters": 20, "eps": _EPS, "norm_eps": _EPS}
 
     def call(ops: Ops) -> object:
         return ops.mhc_boundary(streams, y, post, comb, fn, scale, base, **kind)
@@ -276,19 +277,20 @@ class _Layer:
     def weight_bytes(self) -> int:
         """Of the experts that these rows meet."""
         per_expert = sum(t.numel() * t.element_size() for t in (*self.w13, *self.w2))
-        return per_expert // self.experts * int(self.ids.unique().numel())
+        return per_expert // self.experts * len(set(self.ids.flatten().tolist()))
+
+    def rounded(self, ops: Ops, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return (ops.round_rows(x), None) if self.fp4 else ops.quantize_rows(x)
 
     def up(self, ops: Ops, rows: slice = slice(None)) -> tuple[Tensor, MoePlan]:
         plan = ops.moe_plan(self.ids[rows], experts=self.experts, tile=self.tile)
-        x = self.x[rows]
-        rounded = (ops.round_rows(x), None) if self.fp4 else ops.quantize_rows(x)
+        rounded = self.rounded(ops, self.x[rows])
         share = self.share[rows].contiguous()
         return ops.moe_up(*rounded, *self.w13, share, plan, limit=10.0), plan
 
     def run(self, ops: Ops, rows: slice = slice(None)) -> Tensor:
         h, plan = self.up(ops, rows)
-        rounded = (ops.round_rows(h), None) if self.fp4 else ops.quantize_rows(h)
-        y = ops.moe_down(*rounded, *self.w2, plan)
+        y = ops.moe_down(*self.rounded(ops, h), *self.w2, plan)
         return ops.moe_combine(y, torch.zeros_like(self.x[rows]), plan)
 
 

@@ -68,8 +68,8 @@ class Clock:
         for _ in range(self._rounds):
             if self._flush is not None:
                 self._flush.zero_()
-            begin = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
+            begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             begin.record()
             replay()
             end.record()
