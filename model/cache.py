@@ -18,6 +18,7 @@ from model.config import CSA_RATIO, ModelConfig
 from model.drafts.plan import DraftPlan
 from model.engine import Buffer
 from model.layout import EVIDENCE_PAIRS, carry_channels
+from model.ranks.share import Share
 from penstock.blocks import BLOCK_TOKENS, CacheLayout, Section
 
 ENTRY_TILE = 128
@@ -63,9 +64,16 @@ class LayerCache:
     trail: LayerTrail | None = None
     """Filled by a seekable forward."""
 
-    def push(self, rows_RC: Tensor) -> Tensor:
-        """Add window rows; returns all known ones, oldest first, that end with them."""
+    def push(self, rows_RC: Tensor, share: Share | None = None) -> Tensor:
+        """Add window rows; returns all known ones, oldest first, that end with them.
+
+        Of a `share` they are this plane's rows: afterwards the window is that of the whole pass.
+        """
         known = torch.cat((self.window_WC, rows_RC))
+        if share is not None:
+            tail, counts = known[rows_RC.shape[0] :], [self.window_WC.shape[0]] * len(share.counts)
+            before, self.window_WC = share.before_and_after(self.window_WC, tail, counts)
+            return torch.cat((before, rows_RC))
         # A copy: a view would keep the whole chunk's rows alive.
         self.window_WC = known[rows_RC.shape[0] :].clone()
         if self.trail is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import ReferenceOps
+from kernels.reference.lanes import round_up
 from kernels.reference.mhc import HyperWeights
 from model.codec import RowCodec
 from model.config import CSA_RATIO, ModelConfig
@@ -25,8 +26,10 @@ from model.layers.compressor import Compressor
 from model.layers.head import HeadCollapse
 from model.layers.indexer import Indexer
 from model.layers.moe import Expert, Moe, Router
+from model.layout import EVIDENCE_PAIRS
 from model.linear import Linear, linear
 from model.ranks.communicator import Communicator
+from model.ranks.share import CUT_TOKENS, Share, cut
 from model.rounding import Rounding
 from model.rows import Rows, Span
 from model.tensors import local_experts
@@ -83,7 +86,12 @@ class Network:
         (which a sequence that leaves a trail needs).
         """
         c = self._config
-        rows = Rows([chunk.span for chunk in chunks], window=c.window, ops=self._ops)
+        asked = chunks
+        share = self.share_of(chunks)
+        if share is not None:
+            chunks = [_part(asked[0], share)]
+        spans = [chunk.span for chunk in chunks]
+        rows = Rows(spans, window=c.window, ops=self._ops, share=share)
         tokens = torch.tensor([token for chunk in chunks for token in chunk.tokens])
         index, last = rows.last_of_each(self._tail)
         wanted = None if every else Wanted(index, last)
@@ -103,19 +111,41 @@ class Network:
             if layer in self._taps:
                 whole = every or layer < c.layers - 1
                 tapped[layer] = streams.index_select(0, index) if whole else streams[: last.count]
+        ended = tokens.index_select(0, index)
+        if share is not None and self._drafter is not None:
+            # The last plane's part is at least as long as what a draft module wants.
+            _, last = Rows([asked[0].span], window=c.window, ops=self._ops).last_of_each(self._tail)
+            tapped = {at: share.from_last(x, last.count) for at, x in tapped.items()}
+            ended = torch.tensor(asked[0].tokens[-last.count :])
         if self._drafter is not None:
-            self._drafter.absorb(last, tapped, tokens.index_select(0, index))
+            self._drafter.absorb(last, tapped, ended)
         lasts = [span.row + span.count - 1 for span in (rows if every else last).spans]
         if not every and self._tail > 1:
             streams = self._ops.pad_rows(streams[lasts])
             lasts = list(range(len(lasts)))
         hidden = self._collapse(self._ops, streams)
+        if share is not None:
+            hidden = share.rows(hidden) if every else share.from_last(hidden[: len(lasts)], 1)
+            span, cache = asked[0].span, asked[0].span.cache
+            cache.evidence = share.evidence_of_last(cache.evidence, most=EVIDENCE_PAIRS)
+            cache.hidden_D, cache.position = hidden[-1].clone(), span.end
+            return hidden
         for row, span in zip(lasts, rows.spans, strict=True):
             span.cache.hidden_D = hidden[row].clone()
             span.cache.position = span.end
             if span.cache.trail is not None:
                 span.cache.trail.hidden_RD = hidden[span.rows]
         return hidden
+
+    def share_of(self, chunks: Sequence[Chunk]) -> Share | None:
+        """This plane's part of a pass that the planes share: one long chunk. All ranks agree."""
+        (span, *others) = [chunk.span for chunk in chunks]
+        if others or span.cache.trail is not None:
+            return None
+        unit = round_up(max(CUT_TOKENS, self._config.window, self._tail), CUT_TOKENS)
+        planes = self._comm.grid.cp
+        borders = cut(span.position, span.end, planes=planes, unit=unit)
+        return None if borders is None else Share(self._comm, borders)
 
     def embed(self, tokens_R: Tensor) -> Tensor:
         """[R, D] in the activation type."""
@@ -295,6 +325,13 @@ class Network:
             w13=self._linear(name + "w1.weight", name + "w3.weight"),
             w2=self._linear(name + "w2.weight"),
         )
+
+
+def _part(chunk: Chunk, share: Share) -> Chunk:
+    first = share.start - chunk.span.position
+    count = share.end - share.start
+    span = Span(chunk.span.cache, 0, count, share.start)
+    return Chunk(span, chunk.tokens[first : first + count])
 
 
 def _evidence_rows(rows: Rows) -> list[int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.ops import ReferenceOps
 from kernels.reference.lanes import round_up
 from model.cache import SequenceCache
+from model.ranks.share import Share
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,17 @@ class Span:
 class Rows:
     """The rows of one pass (or, in the last layer, only those whose output is wanted)."""
 
-    def __init__(self, spans: Sequence[Span], *, window: int, ops: ReferenceOps) -> None:
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        *,
+        window: int,
+        ops: ReferenceOps,
+        share: Share | None = None,
+    ) -> None:
+        """`share`: the one span is a plane's part of a longer one."""
         self.spans = tuple(spans)
+        self.share = share
         self.count = sum(span.count for span in spans)
         self.padded = round_up(self.count, ops.row_multiple)
         self.window = window

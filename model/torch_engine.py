@@ -186,7 +186,9 @@ class TorchEngine:
         for item in pending:
             item.cache.leave_trail(len(item.tokens) if item.seekable else None)
         while pending:
-            chunks = _next_pass(pending)
+            chunks = _shared_pass(pending[0], self._comm.grid.cp)
+            if not chunks or self._network.share_of(chunks) is None:
+                chunks = _next_pass(pending)
             asking = [next(w for w in pending if w.cache is chunk.span.cache) for chunk in chunks]
             every = any(item.all_logits or item.seekable for item in asking)
             hidden = self._network.forward(chunks, every=every)
@@ -330,6 +332,14 @@ class _Work:
         position = self.cache.position
         stop = next((p - position for p in self.states_at if p > position), budget)
         return self.tokens[self.done : self.done + min(budget, stop)]
+
+
+def _shared_pass(item: _Work, planes: int) -> list[Chunk]:
+    """One sequence's next rows, as many as all planes together may compute in one pass."""
+    if planes == 1:
+        return []
+    tokens = item.take(PASS_ROWS * planes)
+    return [Chunk(Span(item.cache, 0, len(tokens), item.cache.position), tokens)]
 
 
 def _next_pass(pending: list[_Work]) -> list[Chunk]:

@@ -79,13 +79,13 @@ class Attention:
         """Write window rows, entries and carries; returns each span's known window rows."""
         kv = self.window_rows(rows, x_RD)
         spans = zip(rows.spans, caches, strict=True)
-        histories = [cache.push(kv[span.rows]) for span, cache in spans]
+        histories = [cache.push(kv[span.rows], rows.share) for span, cache in spans]
         if self._compressor is not None:
             entries, carries = self._compressor.absorb(rows, x_RD, [c.carry for c in caches])
             values = entries.values_NC
             if values.shape[0]:
                 values = self._codec.round_kv(values)
-            entries.store(values, [c.entries_EC for c in caches])
+            entries.store(values, [c.entries_EC for c in caches], rows.share)
             for cache, carry, raw in zip(caches, carries, entries.known, strict=True):
                 cache.carry = carry
                 if cache.trail is not None:

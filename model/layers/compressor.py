@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.ops import ReferenceOps
 from model.config import CSA_RATIO
 from model.linear import Linear
+from model.ranks.share import Share
 from model.rows import Rows
 
 
@@ -24,11 +25,20 @@ class NewEntries:
     values_NC: Tensor
     firsts: tuple[int, ...]
     counts: tuple[int, ...]
+    ratio: int
     known: tuple[Tensor, ...]
     """Raw rows of each span: its carry before the pass, then the pass's own."""
 
-    def store(self, rounded_NC: Tensor, targets: Sequence[Tensor]) -> None:
-        """Write each span's (rounded) entries to its place in its cache."""
+    def store(
+        self, rounded_NC: Tensor, targets: Sequence[Tensor], share: Share | None = None
+    ) -> None:
+        """Write each span's (rounded) entries to its place in its cache; of a `share` those of all
+        planes.
+        """
+        if share is not None:
+            first, every = share.entries(rounded_NC, ratio=self.ratio)
+            targets[0][first : first + every.shape[0]] = every
+            return
         at = 0
         for target, first, count in zip(targets, self.firsts, self.counts, strict=True):
             target[first : first + count] = rounded_NC[at : at + count]
@@ -70,18 +80,25 @@ class Compressor:
         for span, carry in zip(rows.spans, carries, strict=True):
             first = span.position // self._ratio
             count = span.end // self._ratio - first
-            every = torch.cat((carry, raw[span.rows]))
+            before, after = carry, None
+            if rows.share is not None:
+                overlap = self._ratio if self._overlap else 0
+                before, after = rows.share.carries(
+                    carry, raw[span.rows], ratio=self._ratio, kept=overlap
+                )
+            every = torch.cat((before, raw[span.rows]))
             if count:
                 slots = self._slots(every, count)
                 kv.append(slots[0])
                 score.append(slots[1])
             # A copy: a view would keep the whole chunk's rows alive.
-            kept.append(every[count * self._ratio :].clone())
+            kept.append(every[count * self._ratio :].clone() if after is None else after)
             firsts.append(first)
             counts.append(count)
             known.append(every)
         values = self._finish(kv, score, firsts, counts)
-        return NewEntries(values, tuple(firsts), tuple(counts), tuple(known)), kept
+        made = NewEntries(values, tuple(firsts), tuple(counts), self._ratio, tuple(known))
+        return made, kept
 
     def _slots(self, every: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """kv and score [N, S, C] of `count` windows, slots in token order."""

@@ -106,6 +106,8 @@ class Communicator:
         if self.grid.cp == 1:
             return [rows]
         most = max(counts)
+        if not most:
+            return [rows[:0]] * self.grid.cp
         padded = rows.new_zeros((most, *rows.shape[1:]))
         padded[: rows.shape[0]] = rows
         found = self._planes.all_gather(padded)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from examples.tiny_checkpoint import write_checkpoint
 from model.config import ModelConfig
+from model.engine import DraftRequest, Engine, Segment
 from model.grid import Grid
 from model.load import load_engine
+from model.ranks.share import Share, cut
 from model.tensors import check_grid, expected_tensors
 from penstock.errors import ModelLoadError
+from penstock.request import Sampling
 from tests.model import drawn, oracle
+from tests.model.engine_contract import absorb, snapshot
 from tests.model.ranked import ranks, rows_and_snapshot
 
 # Logits of these models reach 7; one rank differs from transformers by up to 2.7e-5 on them.
@@ -59,6 +67,108 @@ def test_ranks_agree_with_one_rank_on_every_position(
         # And within one layout chunks and a move change no bit.
         assert np.array_equal(again[rank][0], rows)
         assert again[rank][1] == seen
+
+
+@pytest.mark.parametrize(
+    ("name", "cp", "length", "ends"),
+    [
+        ("all_kinds", 2, 700, [700]),
+        # Parts that begin and end anywhere; the last chunk is too short to be shared.
+        ("all_kinds", 3, 1061, [37, 600, 1020, 1061]),
+        ("wide_window", 2, 600, [333, 600]),
+        ("ledger_like", 2, 1500, [1100, 1500]),
+    ],
+)
+def test_context_ranks_change_no_bit(
+    name: str,
+    cp: int,
+    length: int,
+    ends: list[int],
+    model: Models,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = model(name)
+    tokens = source.tokens(length)
+    parts: list[int] = []
+    monkeypatch.setattr(Share, "entries", _counted(parts, Share.entries))
+    wanted = rows_and_snapshot(tokens, [length])(load_engine(source.folder))
+    with ranks(source.folder, cp=cp) as several:
+        for rows, seen, evidence in several.each(rows_and_snapshot(tokens, ends, move_at=ends[0])):
+            assert np.array_equal(rows, wanted[0])
+            assert seen == wanted[1]
+            assert evidence == wanted[2]
+        # Without every position's logits the last layer computes only what is wanted.
+        for seen in several.each(
+            lambda engine: snapshot(engine, absorb(engine, tokens, chunk=600))
+        ):
+            assert seen == wanted[1]
+    # It was shared: no rank computed a whole chunk of those.
+    assert parts and max(parts) < max(ends[0], 600)
+
+
+def _counted(parts: list[int], entries: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(share: Share, mine: Any, *, ratio: int) -> Any:
+        parts.append(share.end - share.start)
+        return entries(share, mine, ratio=ratio)
+
+    return counted
+
+
+def test_context_ranks_over_tensor_ranks_change_no_bit(model: Models) -> None:
+    source = model("pro_like")
+    tokens = source.tokens(400)
+    with ranks(source.folder, tp=2) as plane:
+        wanted = plane.each(rows_and_snapshot(tokens, [400]))[0]
+    with ranks(source.folder, tp=2, cp=2) as several:
+        for rows, seen, evidence in several.each(rows_and_snapshot(tokens, [400])):
+            assert np.array_equal(rows, wanted[0])
+            assert (seen, evidence) == (wanted[1], wanted[2])
+
+
+@pytest.mark.parametrize("draft", ["mtp", "dspark"])
+def test_drafts_of_a_released_checkpoint_on_ranks(draft: str, tmp_path: Path) -> None:
+    """Every rank drafts alike; planes that shared the prompt draft what one plane drafts."""
+    folder = write_checkpoint(tmp_path / draft, draft=draft)
+    vocab = ModelConfig.load(folder).vocab_size
+    tokens = [(7 * i * i + 3 * i) % vocab for i in range(600)]
+
+    def work(engine: Engine) -> tuple[list[bytes], list[list[int]]]:
+        sequence = absorb(engine, tokens, chunk=600, capacity=700)
+        sampling = Sampling(temperature=0.0, seed=1)
+        drafts = engine.draft([DraftRequest(sequence, 5, 3, sampling)])
+        engine.forward([Segment(sequence, [5, *drafts[0]], all_logits=True, seekable=True)])
+        engine.seek(sequence, 601)
+        return snapshot(engine, sequence), drafts
+
+    one = work(load_engine(folder, draft_tokens=3))
+    assert one[1][0]
+    with ranks(folder, cp=2, draft_tokens=3) as several:
+        assert several.each(work) == [one] * 2
+    with ranks(folder, ep=2, draft_tokens=3) as several:
+        first, second = several.each(work)
+    assert first == second
+
+
+@given(
+    start=st.integers(0, 3000),
+    count=st.integers(0, 5000),
+    planes=st.integers(1, 6),
+    unit=st.sampled_from([128, 256]),
+)
+def test_every_cut_of_a_chunk_is_aligned_and_long_enough(
+    start: int, count: int, planes: int, unit: int
+) -> None:
+    borders = cut(start, start + count, planes=planes, unit=unit)
+    if planes == 1 or count < planes * unit:
+        assert borders is None
+        return
+    assert borders is not None
+    assert (borders[0], borders[-1], len(borders)) == (start, start + count, planes + 1)
+    assert all(border % 128 == 0 for border in borders[1:-1])
+    sizes = [end - begin for begin, end in pairwise(borders)]
+    assert min(sizes[1:]) >= unit
+    assert sizes[0] >= 1
+    assert max(sizes) - min(sizes) <= 2 * unit
 
 
 @given(st.data())
