@@ -96,7 +96,7 @@ class RayLauncher:
             )
             ray.init(
                 address="local",
-                num_cpus=max(8, os.cpu_count() or 1),
+                num_cpus=max(8, os.cpu_count() or 1, self._cpus_wanted()),
                 object_store_memory=settings.object_store_bytes,
                 _temp_dir=str(self._ray_dir),
                 _node_ip_address="127.0.0.1",
@@ -114,6 +114,13 @@ class RayLauncher:
         finally:
             for number, handler in ours.items():
                 signal.signal(number, handler)
+
+    def _cpus_wanted(self) -> int:
+        """Ray counts, it does not measure: one for every rank and front, and Serve's own."""
+        config = self._config
+        workers = {"prefill": config.prefill.replicas, "decode": config.decode.replicas}
+        ranks = sum(n * config.parallel.of_role(role).world for role, n in workers.items())
+        return ranks + config.front.replicas + 2
 
     def _deploy(self, store_address: str) -> None:
         from ray import serve
@@ -142,6 +149,7 @@ class RayLauncher:
             cause = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
             raise UnavailableError(f"Ray Serve could not start its proxy: {cause}") from error
         gpus = 1 if config.model.device == "cuda" else 0
+        ranks = {role: config.parallel.of_role(role).world for role in ("prefill", "decode")}
         router: Any = RequestRouterConfig(request_router_class=cast(Any, TargetedRouter))
         # Serve's decorator with a class as its first argument; its stubs know only the other form.
         deployment_of = cast(Any, serve.deployment)
@@ -162,7 +170,8 @@ class RayLauncher:
                 health_check_timeout_s=30.0,
                 graceful_shutdown_timeout_s=config.launcher.drain_timeout_s,
                 graceful_shutdown_wait_loop_s=0.2,
-                ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+                # The other ranks are children of the replica, on its machine and in its share.
+                ray_actor_options={"num_cpus": ranks[role], "num_gpus": gpus * ranks[role]},
                 request_router_config=router,
                 logging_config=quiet,
             )

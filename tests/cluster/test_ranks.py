@@ -77,6 +77,19 @@ def _ready(served: Served) -> bool:
     return httpx.get(f"{served.url}/ready").status_code == 200
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_replicas_of_two_ranks_serve_and_leave_nothing() -> None:
+    """A replica asks Ray for the share of all its ranks; more than the cluster has never starts."""
+    with serving("--launcher", "ray", "--tensor-parallel-size", "2") as served:
+        assert_answers(served, 3)
+        assert len(followers(served)) == 2
+        served.note()
+        served.signal(signal.SIGKILL)
+        served.exit_code(within_s=30)
+        served.assert_gone(within_s=20)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
 def test_signal_leaves_no_rank(name: str) -> None:
     flags = ("--launcher", "local", "--expert-parallel-size", "2")
