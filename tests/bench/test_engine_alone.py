@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.engine_compare import growth, row
+from bench.engine_case import Case
+from bench.engine_compare import growth, measure, row
 from cluster.cli import main
+from penstock.folder import model_folder
 
 
 def test_a_tiny_run_beside_transformers_agrees_with_it(tmp_path: Path) -> None:
@@ -43,6 +45,27 @@ def test_ratios_and_growth_are_what_they_say() -> None:
     assert long["transformers_decode_ms"] is None
     assert [r["prefill_time_times"] for r in growth([short, long])] == [1, 3]
     assert growth([short, long])[1]["times_longer"] == 4
+
+
+def test_logits_are_those_of_the_first_prompt_however_many_follow(tmp_path: Path) -> None:
+    """Found in a run where one side had time for more prompts: other prompts were compared."""
+    found = []
+    for repeats in (1, 3):
+        case = Case(
+            side="ours",
+            folder=str(model_folder("ledger")),
+            tokens=20,
+            repeats=repeats,
+            steps=1,
+            numerics="exact",
+            kv="fp32",
+            chunk=16,
+            budget_s=60.0,
+            seed=5,
+        )
+        found.append(measure(case))
+    assert len(found[1]["prefill_cpu_s"]) == 3
+    assert found[0]["logits"] == found[1]["logits"]
 
 
 def test_flags_of_another_measurement_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
