@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent / "src"
@@ -26,19 +27,26 @@ class BuildError(RuntimeError):
     """The kernels cannot be compiled or loaded here. One sentence."""
 
 
-def load_library(*, environ: Mapping[str, str] = os.environ) -> ctypes.CDLL:
+@dataclass(frozen=True)
+class Library:
+    """The loaded code, and a digest of all that it was made from."""
+
+    code: ctypes.CDLL
+    digest: str
+
+
+def load_library(*, environ: Mapping[str, str] = os.environ) -> Library:
     """Compile if needed (about 2 s) and load. Raises `BuildError`."""
     compiler = shutil.which(environ.get("CC", "cc"))
     if compiler is None:
         raise BuildError("no C compiler was found; install one or set CC")
     sources = sorted(SOURCES.glob("*.c"))
-    name = f"{_digest(compiler)}.so"
-    folder = _folder(environ)
-    path = folder / name
+    digest = _digest(compiler)
+    path = _folder(environ) / f"{digest}.so"
     try:
         if not path.exists():
             _compile(compiler, sources, path)
-        return ctypes.CDLL(str(path))
+        return Library(ctypes.CDLL(str(path)), digest)
     except OSError as error:
         raise BuildError(f"the compiled kernels cannot be loaded: {error}") from None
 
