@@ -8,11 +8,15 @@ signature. The CPU engine's finer ops are in `kernels.ops`.
 from __future__ import annotations
 
 from kernels.reference import compress, mhc_fused, mxfp4
+from kernels.reference import decode_attention as decoding
 from kernels.reference import hadamard as signs
+from kernels.reference import indexer_logits as indexer
 from kernels.reference import moe_grouped as moe
 from kernels.reference import norm_rope as rope
 from kernels.reference import quantize_kv as kv_rows
 from kernels.reference import sample as sampling
+from kernels.reference import sparse_attention as attention
+from kernels.reference import topk_blocks as selection
 
 
 class ReferenceDeviceOps:
@@ -43,3 +47,10 @@ class ReferenceDeviceOps:
     moe_down = staticmethod(moe.moe_down)
     moe_combine = staticmethod(moe.moe_combine)
     sample = staticmethod(sampling.sample)
+    sparse_attention = staticmethod(attention.sparse_attention)
+    dense_compressed_attention = staticmethod(attention.dense_compressed_attention)
+    decode_attention = staticmethod(decoding.decode_attention)
+    gather_index = staticmethod(indexer.gather_index)
+    indexer_logits = staticmethod(indexer.indexer_logits)
+    indexer_logits_paged = staticmethod(indexer.indexer_logits_paged)
+    topk_blocks = staticmethod(selection.topk_blocks)

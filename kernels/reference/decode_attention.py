@@ -35,10 +35,10 @@ def decode_attention(
 
     Slots are int32 physical rows of the two caches, -1 for none; W and K are multiples of 64 (K may
     be 0), so the lists of a bucket have one width. Rows and products are in q's dtype, float16 or
-    bfloat16. `chunk` keys are one unit of work and of summation: with the value that the prompt
-    used a token's output does not depend on whether it was read or written; a smaller one is faster
-    for few tokens. `tile_heads` (16, 32 or 64; default: the heads, at most 64) pads the tile to the
-    one that the prompt used.
+    bfloat16. `chunk` keys are one unit of work and of summation: a smaller one is faster for few
+    tokens. `tile_heads` (16 or 32; default: the heads, at most 32) are one unit's heads. Both set
+    the order of summation alone. Who must repeat a prompt's sums bit for bit gathers the rows
+    (`dequantize_gather`) and calls `sparse_attention`, and so shares its tile.
     """
     del chunk, tile_heads  # they set the order of summation, not the meaning
     q = wide(q_RHC)

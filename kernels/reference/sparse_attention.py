@@ -6,7 +6,7 @@ position 0), then its entries, ascending. A row is both key and value. The sink 
 the denominator and has no value. The output's last 2 P channels are rotated back by the token's
 angles (2.1), since rotated rows were summed.
 
-Shape suffixes: R rows (tokens), H heads, C channels, N and E rows of a buffer, K list slots, P
+Shape suffixes: R rows (tokens), H heads, C channels, N rows of a buffer, K list slots, P
 rotated pairs.
 """
 
@@ -64,13 +64,13 @@ def sparse_attention(
 
 def dense_compressed_attention(
     q_RHC: Tensor,
-    window_NC: Tensor,
-    entries_EC: Tensor,
+    kv_NC: Tensor,
     sink_H: Tensor,
     cos_RP: Tensor,
     sin_RP: Tensor,
     *,
     position: int,
+    entries_at: int,
     window: int,
     ratio: int,
     scale: float,
@@ -78,19 +78,19 @@ def dense_compressed_attention(
 ) -> Tensor:
     """[R, H, C] in q's dtype for R consecutive tokens of one sequence, the first at `position`.
 
-    `window_NC` holds rows of consecutive positions of which the last is position + R - 1;
-    `entries_EC` the sequence's entries from 0. The token at t sees positions max(0, t - window + 1)
-    to t and entries j < (t + 1) // ratio. `chunk` (a multiple of 64, not less than `window`) sets
-    the order of summation, not the meaning.
+    `kv_NC` holds window rows of consecutive positions, the last (position + R - 1) in row
+    `entries_at` - 1, and then the sequence's entries. The token at t sees positions
+    max(0, t - window + 1) to t and entries j < (t + 1) // ratio. `chunk` (a multiple of 64, not
+    less than `window`) sets the order of summation, not the meaning.
     """
     rows = q_RHC.shape[0]
     t_R = position + torch.arange(rows, device=q_RHC.device)
     place_RK = t_R[:, None] - window + 1 + torch.arange(window, device=q_RHC.device)
-    row_RK = place_RK - (position + rows - window_NC.shape[0])
+    row_RK = (place_RK - (position + rows) + entries_at).clamp_min(0)
     entry = torch.arange(int((position + rows) // ratio), device=q_RHC.device)
     hidden = torch.cat((place_RK < 0, entry >= ((t_R + 1) // ratio)[:, None]), 1)
-    own = window_NC[row_RK.clamp_min(0)]
-    heavy = entries_EC[entry].expand(rows, -1, -1)
+    own = kv_NC[row_RK]
+    heavy = kv_NC[entries_at + entry].expand(rows, -1, -1)
     kv = torch.cat((own, heavy), 1)
     out = attend(q_RHC, kv, hidden, sink_H, cos_RP, sin_RP, scale=scale)
     return out.to(q_RHC.dtype)

@@ -42,6 +42,12 @@ MODULES = (
     "mhc_fused",
     "moe_grouped",
     "sample",
+    "combine",
+    "sparse_attention",
+    "dense_attention",
+    "decode_attention",
+    "indexer_logits",
+    "topk_blocks",
 )
 _TYPES = {
     torch.bfloat16: "bf16",

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from kernels.device import ReferenceDeviceOps
 from kernels.triton import compress, mhc_fused, mxfp4
+from kernels.triton import decode_attention as decoding
+from kernels.triton import dense_attention as dense
 from kernels.triton import hadamard as signs
+from kernels.triton import indexer_logits as indexer
 from kernels.triton import moe_grouped as moe
 from kernels.triton import norm_rope as rope
 from kernels.triton import quantize_kv as kv_rows
 from kernels.triton import sample as sampling
+from kernels.triton import sparse_attention as attention
+from kernels.triton import topk_blocks as selection
 
 
 class TritonDeviceOps(ReferenceDeviceOps):
@@ -39,3 +44,10 @@ class TritonDeviceOps(ReferenceDeviceOps):
     moe_down = staticmethod(moe.moe_down)
     moe_combine = staticmethod(moe.moe_combine)
     sample = staticmethod(sampling.sample)
+    sparse_attention = staticmethod(attention.sparse_attention)
+    dense_compressed_attention = staticmethod(dense.dense_compressed_attention)
+    decode_attention = staticmethod(decoding.decode_attention)
+    gather_index = staticmethod(indexer.gather_index)
+    indexer_logits = staticmethod(indexer.indexer_logits)
+    indexer_logits_paged = staticmethod(indexer.indexer_logits_paged)
+    topk_blocks = staticmethod(selection.topk_blocks)

@@ -55,8 +55,9 @@ def test_dense_attention_is_sparse_attention_over_all_entries(
     own = torch.randn(min(position, max(earlier, window - 1)) + rows, 32)
     entries = torch.randn((position + rows) // ratio + 3, 32)
     cos, sin = CPU.cos_sin(torch.arange(rows) + position, CPU.frequencies(8, 1e4, None))
-    kind = {"position": position, "window": window, "ratio": ratio}
-    found = dense_compressed_attention(q, own, entries, sink, cos, sin, scale=0.2, **kind)
+    kind = {"entries_at": own.shape[0], "position": position, "window": window, "ratio": ratio}
+    kv = torch.cat((own, entries))
+    found = dense_compressed_attention(q, kv, sink, cos, sin, scale=0.2, **kind)
     lists = []
     for row in range(rows):
         t = position + row
@@ -64,7 +65,7 @@ def test_dense_attention_is_sparse_attention_over_all_entries(
         at += [own.shape[0] + j for j in range((t + 1) // ratio)]
         lists.append(at + [-1] * (window + entries.shape[0] - len(at)))
     index = torch.tensor(lists, dtype=torch.int32)
-    wanted = sparse_attention(q, torch.cat((own, entries)), index, sink, cos, sin, scale=0.2)
+    wanted = sparse_attention(q, kv, index, sink, cos, sin, scale=0.2)
     torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
 
 
