@@ -18,9 +18,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench import kernels_attention, kernels_cases
 from bench import machine as where
-from bench.kernels_cases import CASES, Case, Work
 from bench.kernels_clock import Clock, ceilings
+from bench.kernels_work import Case, Work
 from bench.report import Report, cell, check_writable
 from kernels.device import ReferenceDeviceOps
 from kernels.dispatch import load_device
@@ -30,6 +31,7 @@ _SHOWS_NOT = (
     "a whole layer or model: ops are timed alone, with cold second-level caches",
 )
 _ROUNDS = 30
+CASES = (*kernels_attention.CASES, *kernels_cases.CASES)
 
 
 def facts(device: torch.device) -> dict[str, object]:

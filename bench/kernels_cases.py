@@ -8,94 +8,50 @@ Shape suffixes as in the ops' references.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.device import ReferenceDeviceOps
+from bench.kernels_work import (
+    INDEX_PAGES,
+    KV_PAGES,
+    Case,
+    Ops,
+    Work,
+    angles,
+    distance,
+    empty_pages,
+    normal,
+    numbered,
+)
 from kernels.reference.hadamard import hadamard_matrix
 from kernels.reference.moe_grouped import MoePlan
-from kernels.reference.pages import IndexPages, KvPages
 
-Ops = ReferenceDeviceOps
 _EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class Work:
-    """`call(ops)` is what is timed, with any set of ops. `flops` run at the ceiling named by
-    `ceiling` ("bf16", "e4m3" or "copy"); `moved_bytes` is what must cross memory at least.
-    `error(ops)` is the distance from float64 relative to the largest value, `limit` its bound.
-    """
-
-    call: Callable[[Ops], object]
-    error: Callable[[Ops], float]
-    limit: float
-    moved_bytes: float
-    flops: float = 0.0
-    ceiling: str = "copy"
-
-
-@dataclass(frozen=True)
-class Case:
-    """`target` is the fraction of the ceiling that kernels.md asks for, `target_us` a latency,
-    `published` the best figure known for a comparable kernel on Hopper.
-    """
-
-    name: str
-    make: Callable[[torch.device, bool], Work]
-    target: float | None = None
-    target_us: float | None = None
-    published: str = ""
-
-
-def distance(found: Tensor, exact: Tensor) -> float:
-    gap = (found.double() - exact.double()).abs().max().item()
-    return gap / max(exact.double().abs().max().item(), 1e-30)
-
-
-def normal(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(shape, device=device).to(dtype)
-
-
-def _angles(device: torch.device, rows: int) -> tuple[Tensor, Tensor]:
-    angle = torch.rand(rows, 32, device=device) * 6.28
-    return torch.cos(angle), torch.sin(angle)
-
-
-def _slots(device: torch.device, rows: int) -> Tensor:
-    return torch.arange(rows, device=device, dtype=torch.int32)
-
-
-def _pages(device: torch.device, rows: int, layout: KvPages | IndexPages) -> Tensor:
-    count = -(-rows // layout.page_rows)
-    return torch.zeros(count, layout.page_bytes, dtype=torch.uint8, device=device)
-
-
-_KV = KvPages(page_rows=64, dim=512, nope=448)
-_INDEX = IndexPages(page_rows=64, dim=128)
 
 
 def _quantize(device: torch.device, tiny: bool, *, back: bool) -> Work:
     rows = 24 if tiny else 65536
-    x, slots, pages = normal(device, rows, 512), _slots(device, rows), _pages(device, rows, _KV)
+    x, slots, pages = (
+        normal(device, rows, 512),
+        numbered(device, rows),
+        empty_pages(device, rows, KV_PAGES),
+    )
 
     def call(ops: Ops) -> object:
         if back:
-            return ops.dequantize_gather(pages, slots, _KV, dtype=torch.bfloat16)
-        return ops.quantize_kv(x, slots, pages, _KV)
+            return ops.dequantize_gather(pages, slots, KV_PAGES, dtype=torch.bfloat16)
+        return ops.quantize_kv(x, slots, pages, KV_PAGES)
 
     def error(ops: Ops) -> float:
-        ops.quantize_kv(x, slots, pages, _KV)
+        ops.quantize_kv(x, slots, pages, KV_PAGES)
         few = slots[:16]
-        found = ops.dequantize_gather(pages, few, _KV, dtype=torch.bfloat16)
+        found = ops.dequantize_gather(pages, few, KV_PAGES, dtype=torch.bfloat16)
         again = torch.zeros_like(pages[:1])
-        Ops.quantize_kv(x[:16], few, again, _KV)
-        return distance(found, Ops.dequantize_gather(again, few, _KV, dtype=torch.float64))
+        Ops.quantize_kv(x[:16], few, again, KV_PAGES)
+        return distance(found, Ops.dequantize_gather(again, few, KV_PAGES, dtype=torch.float64))
 
     ours = rows * (584 + 1024)
     return Work(call, error, 0.0, ours)
@@ -103,12 +59,16 @@ def _quantize(device: torch.device, tiny: bool, *, back: bool) -> Work:
 
 def _index_rows(device: torch.device, tiny: bool, *, keys: bool) -> Work:
     rows = 24 if tiny else 262144
-    x, slots, pages = normal(device, rows, 128), _slots(device, rows), _pages(device, rows, _INDEX)
+    x, slots, pages = (
+        normal(device, rows, 128),
+        numbered(device, rows),
+        empty_pages(device, rows, INDEX_PAGES),
+    )
     matrix = hadamard_matrix(128).to(device)
 
     def call(ops: Ops) -> object:
         if keys:
-            return ops.quantize_index(x, matrix, slots, pages, _INDEX)
+            return ops.quantize_index(x, matrix, slots, pages, INDEX_PAGES)
         return ops.round_index(x, matrix)
 
     def error(ops: Ops) -> float:
@@ -147,7 +107,7 @@ def _mxfp4(device: torch.device, tiny: bool, *, back: bool) -> Work:
 
 def _norm_rope(device: torch.device, tiny: bool, *, heads: int) -> Work:
     rows, heads = (2, heads // 32) if tiny else (8192, heads)
-    x, (cos, sin) = normal(device, rows, heads, 512), _angles(device, rows)
+    x, (cos, sin) = normal(device, rows, heads, 512), angles(device, rows)
 
     def call(ops: Ops) -> object:
         return ops.norm_rope(x, None, cos, sin, eps=_EPS, dtype=torch.bfloat16)
@@ -168,16 +128,16 @@ def _norm_rope(device: torch.device, tiny: bool, *, heads: int) -> Work:
 
 def _window_rows(device: torch.device, tiny: bool) -> Work:
     rows = 16 if tiny else 65536
-    x, (cos, sin) = normal(device, rows, 512), _angles(device, rows)
-    weight, slots = normal(device, 512, dtype=torch.float32), _slots(device, rows)
-    pages = _pages(device, rows, _KV)
+    x, (cos, sin) = normal(device, rows, 512), angles(device, rows)
+    weight, slots = normal(device, 512, dtype=torch.float32), numbered(device, rows)
+    pages = empty_pages(device, rows, KV_PAGES)
 
     def call(ops: Ops) -> object:
-        return ops.norm_rope_quantize(x, weight, cos, sin, slots, pages, _KV, eps=_EPS)
+        return ops.norm_rope_quantize(x, weight, cos, sin, slots, pages, KV_PAGES, eps=_EPS)
 
     def error(ops: Ops) -> float:
         call(ops)
-        found = ops.dequantize_gather(pages, slots[:16], _KV, dtype=torch.float32)
+        found = ops.dequantize_gather(pages, slots[:16], KV_PAGES, dtype=torch.float32)
         exact = Ops.norm_rope(
             x[:16, None].double(), weight.double(), cos[:16].double(), sin[:16].double(),
             eps=_EPS, dtype=torch.float64,
@@ -201,20 +161,22 @@ def _compress(device: torch.device, tiny: bool, *, ratio: int, decode: bool) -> 
     windows = torch.stack((last, last * 0 if decode else last, end, place * int(decode)), 1)
     ape = normal(device, ratio, halves * dim, dtype=torch.float32)
     norm = normal(device, dim, dtype=torch.float32)
-    (cos, sin), pages = _angles(device, count), _pages(device, count, _KV)
+    (cos, sin), pages = angles(device, count), empty_pages(device, count, KV_PAGES)
     args = (raw, carry, windows, ape, norm, cos, sin)
 
     def call(ops: Ops) -> object:
-        return ops.compress_kv(*args, place, pages, _KV, eps=_EPS)
+        return ops.compress_kv(*args, place, pages, KV_PAGES, eps=_EPS)
 
     def error(ops: Ops) -> float:
         call(ops)
         few = min(count, 4)
-        found = ops.dequantize_gather(pages, place[:few], _KV, dtype=torch.float32)
+        found = ops.dequantize_gather(pages, place[:few], KV_PAGES, dtype=torch.float32)
         again = torch.zeros_like(pages)
         some = (raw, carry, windows[:few], ape, norm, cos[:few], sin[:few])
-        Ops.compress_kv(*some, place[:few], again, _KV, eps=_EPS)
-        return distance(found, Ops.dequantize_gather(again, place[:few], _KV, dtype=torch.float64))
+        Ops.compress_kv(*some, place[:few], again, KV_PAGES, eps=_EPS)
+        return distance(
+            found, Ops.dequantize_gather(again, place[:few], KV_PAGES, dtype=torch.float64)
+        )
 
     read = count * slots * 2 * dim if decode else tokens * width
     return Work(call, error, 2**-3, 4 * read + count * 584)

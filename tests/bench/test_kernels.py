@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from bench import kernels
-from bench.kernels_cases import CASES
+from bench.kernels import CASES
 from kernels.device import ReferenceDeviceOps
 from tests.kernels.triton import shim
 
