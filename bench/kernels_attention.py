@@ -6,6 +6,7 @@ Shape suffixes as in the ops' references.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +32,8 @@ _LIMIT = 1e-2
 
 def _sparse(device: torch.device, tiny: bool, *, heads: int, keys: int) -> Work:
     rows, heads, keys, store = (2, 16, 64, 80) if tiny else (4096, heads, keys, 16384)
-    q, kv, (cos, sin) = (
-        normal(device, rows, heads, 512),
-        normal(device, store, 512),
-        angles(device, rows),
-    )
+    q, kv = normal(device, rows, heads, 512), normal(device, store, 512)
+    cos, sin = angles(device, rows)
     index = torch.randint(0, store, (rows, keys), dtype=torch.int32, device=device)
     index[:, -3:] = -1
     sink = torch.randn(heads, device=device)
@@ -46,8 +44,8 @@ def _sparse(device: torch.device, tiny: bool, *, heads: int, keys: int) -> Work:
     def error(ops: Ops) -> float:
         few = slice(0, 4)
         found = ops.sparse_attention(q[few], kv, index[few], sink, cos[few], sin[few], scale=_SCALE)
-        wide = [x.double() for x in (q[few], kv)]
-        exact = Ops.sparse_attention(*wide, index[few], sink, cos[few], sin[few], scale=_SCALE)
+        wide, turn = (q[few].double(), kv.double()), (cos[few], sin[few])
+        exact = Ops.sparse_attention(*wide, index[few], sink, *turn, scale=_SCALE)
         return distance(found, exact)
 
     moved = 2 * 2 * q.numel() + 2 * kv.numel()
@@ -64,7 +62,7 @@ def _dense(device: torch.device, tiny: bool, *, heads: int, position: int) -> Wo
         angles(device, rows),
         torch.randn(heads, device=device),
     )
-    kind = {"entries_at": own, "window": 128, "ratio": 128}
+    kind: dict[str, Any] = {"entries_at": own, "window": 128, "ratio": 128}
 
     def call(ops: Ops) -> Tensor:
         return ops.dense_compressed_attention(
@@ -75,9 +73,10 @@ def _dense(device: torch.device, tiny: bool, *, heads: int, position: int) -> Wo
         few = slice(rows - 2, rows)
         found = call(ops)[few]
         # The last two tokens alone: their window ends the run, their entries are all of it.
-        at = {"position": position + rows - 2, "scale": _SCALE}
-        wide = [x.double() for x in (q[few], kv)]
-        exact = Ops.dense_compressed_attention(*wide, sink, cos[few], sin[few], **at, **kind)
+        wide, turn = (q[few].double(), kv.double()), (cos[few], sin[few])
+        exact = Ops.dense_compressed_attention(
+            *wide, sink, *turn, position=position + rows - 2, scale=_SCALE, **kind
+        )
         return distance(found, exact)
 
     seen = 128 + entries - rows / 256
