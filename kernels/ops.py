@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from kernels.reference.ops import ReferenceOps
+from kernels.reference.unpadded import UnpaddedOps
 
 __all__ = ["BACKEND_VARIABLE", "BackendError", "ReferenceOps", "asked_backend", "load", "suited"]
 
@@ -62,7 +63,17 @@ def load(backend: str | None = None, *, environ: Mapping[str, str] = os.environ)
 
 
 def suited(
-    ops: ReferenceOps, dtype: torch.dtype, *, streams: int, channels: Iterable[int]
+    ops: ReferenceOps,
+    dtype: torch.dtype,
+    *,
+    streams: int,
+    channels: Iterable[int],
+    exact: bool = True,
 ) -> ReferenceOps:
-    """`ops`, or the reference where a model's activation type or shapes are not theirs."""
-    return ops if ops.suits(dtype, streams, tuple(channels)) else ReferenceOps()
+    """`ops`, or the reference where a model's activation type or shapes are not theirs.
+
+    `exact` False: the reference need not keep rows apart.
+    """
+    if not ops.suits(dtype, streams, tuple(channels)):
+        ops = ReferenceOps()
+    return UnpaddedOps() if type(ops) is ReferenceOps and not exact else ops

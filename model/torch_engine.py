@@ -78,7 +78,13 @@ class TorchEngine:
         dtype = DTYPES[options.dtype]
         widths = (config.hidden, config.head_dim, config.rope_dim)
         keys = (config.index_dim,) if config.last_csa_layer is not None else ()
-        ops = kernel_ops.suited(ops, dtype, streams=config.streams, channels=(*widths, *keys))
+        ops = kernel_ops.suited(
+            ops,
+            dtype,
+            streams=config.streams,
+            channels=(*widths, *keys),
+            exact=options.numerics == "exact",
+        )
         self._codec = RowCodec(config, options.kv, ops, index=index)
         self._layout = cache_layout(config, options.kv, drafts, index=index)
         row_tile = None

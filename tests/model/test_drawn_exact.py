@@ -11,6 +11,7 @@ come next must be those of one undisturbed pass.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -26,6 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.tiny_checkpoint import write_checkpoint
+from kernels.ops import BACKEND_VARIABLE
 from model.engine import DraftRequest, Engine, Segment, Sequence
 from model.load import load_engine
 from model.open import open_engine
@@ -253,11 +255,16 @@ def test_the_thread_that_drives_the_engine_changes_no_bit(model: Models) -> None
     assert differing(found[0], alone) == []
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @drawn.examples(3)
 @given(config=drawn.configs(), length=st.integers(1, 400), seed=st.integers(0, 99))
-def test_class_fast_stays_within_tolerance(config: dict[str, Any], length: int, seed: int) -> None:
+def test_class_fast_stays_within_tolerance(
+    backend: str, config: dict[str, Any], length: int, seed: int
+) -> None:
     """In one pass and beside others; from the oracle's first near tie on, choices may differ."""
     folder = Path(tempfile.mkdtemp())
+    before = os.environ.get(BACKEND_VARIABLE)
+    os.environ[BACKEND_VARIABLE] = backend
     try:
         source = oracle.build_changed(config, folder, seed=seed)
         tokens = source.tokens(length, seed)
@@ -273,6 +280,9 @@ def test_class_fast_stays_within_tolerance(config: dict[str, Any], length: int, 
             off = (numbers(Rows(engine, tokens).run(way)[:until]) - wanted).abs()
             assert not off.numel() or off.max() <= 1e-4, way
     finally:
+        os.environ.pop(BACKEND_VARIABLE)
+        if before is not None:
+            os.environ[BACKEND_VARIABLE] = before
         torch.set_num_threads(1)
         shutil.rmtree(folder)
 
