@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from cluster.cli.main import main
 from model.engine import Segment
+from model.layers.indexer import Indexer
 from model.layout import EVIDENCE_PAIRS
 from model.load import load_engine
 from model.torch_engine import TorchEngine
@@ -196,3 +197,53 @@ def test_evidence_is_the_oracles_selection_and_its_mass(
                 mass = seen.mass[layer][position, entry].item()
                 assert abs(found.mass - mass) <= TOLERANCE, (position, entry)
         engine.close()
+
+
+@drawn.examples(4)
+@given(
+    config=drawn.configs().filter(lambda c: 4 in c["ratios"]),
+    topk=st.integers(9, 64),
+    seed=st.integers(0, 999),
+)
+def test_the_selection_is_the_oracles_as_a_set(
+    config: dict[str, Any], topk: int, seed: int
+) -> None:
+    """Every layer and position: entries that only one side selects score within the slack of the
+    oracle's last selected one. What an earlier near tie changed is not held against later layers.
+    """
+    with built({**config, "index_topk": topk}, seed) as source, selections() as picked:
+        tokens = source.tokens(500, seed)
+        seen = source.watched(tokens)
+        ties = (seen.margin_L < SLACK).nonzero()
+        until = int(ties[0]) + 1 if len(ties) else len(tokens)
+        engine = load_engine(source.folder, kv_cache_dtype="fp32", dtype="float32")
+        sequence = engine.open(len(tokens))
+        # In the last layer only rows whose logits are wanted are selected for.
+        engine.forward([Segment(sequence, tokens, all_logits=True)])
+        engine.close()
+        assert len(picked) == len(seen.scores)
+        for layer, ours in zip(sorted(seen.scores), picked, strict=True):
+            for position in range(until):
+                score = seen.scores[layer][position]
+                visible = int((score > float("-inf")).sum())
+                got = {e for e in ours[position].tolist() if e >= 0}
+                assert len(got) == min(topk, visible)
+                chosen = score.topk(len(got))
+                last = chosen.values.amin().item() if got else 0.0
+                for entry in got ^ set(chosen.indices.tolist()):
+                    assert abs(score[entry].item() - last) <= SLACK, (layer, position, entry)
+
+
+@contextmanager
+def selections() -> Iterator[list[torch.Tensor]]:
+    """What each CSA layer selects, [rows, k], in the order of the layers."""
+    found: list[torch.Tensor] = []
+    select = Indexer.select
+
+    def spy(self: Indexer, *args: Any) -> torch.Tensor:
+        found.append(select(self, *args))
+        return found[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Indexer, "select", spy)
+        yield found
