@@ -62,9 +62,10 @@ class PrefillReplica(_Replica):
 
     async def __init__(self, spec_json: str) -> None:  # type: ignore[misc]  # Serve awaits it
         super().__init__()
+        from cluster.launchers.ray_ranks import ActorRank
         from prefill.worker import open_worker
 
-        self._worker = await open_worker(_named(spec_json))
+        self._worker = await open_worker(_named(spec_json), ActorRank)
         await self._worker.start()
 
     async def check_health(self) -> None:
@@ -79,9 +80,10 @@ class DecodeReplica(_Replica):
 
     async def __init__(self, spec_json: str) -> None:  # type: ignore[misc]
         super().__init__()
+        from cluster.launchers.ray_ranks import ActorRank
         from decode.worker import open_worker
 
-        self._worker = await open_worker(_named(spec_json))
+        self._worker = await open_worker(_named(spec_json), ActorRank)
         await self._worker.start()
 
     async def check_health(self) -> None:

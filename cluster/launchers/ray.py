@@ -170,8 +170,8 @@ class RayLauncher:
                 health_check_timeout_s=30.0,
                 graceful_shutdown_timeout_s=config.launcher.drain_timeout_s,
                 graceful_shutdown_wait_loop_s=0.2,
-                # The other ranks are children of the replica, on its machine and in its share.
-                ray_actor_options={"num_cpus": ranks[role], "num_gpus": gpus * ranks[role]},
+                ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+                **_bundles(ranks[role], gpus),
                 request_router_config=router,
                 logging_config=quiet,
             )
@@ -233,6 +233,14 @@ class RayLauncher:
         if self._janitor is not None:
             self._janitor.communicate(b"done", timeout=5.0)
             self._janitor = None
+
+
+def _bundles(ranks: int, gpus: int) -> dict[str, Any]:
+    """A placement group with one bundle a rank; the replica itself takes the first."""
+    if ranks == 1:
+        return {}
+    bundle = {"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}
+    return {"placement_group_bundles": [bundle] * ranks, "placement_group_strategy": "PACK"}
 
 
 def _reports() -> list[str]:

@@ -77,17 +77,46 @@ def _ready(served: Served) -> bool:
     return httpx.get(f"{served.url}/ready").status_code == 200
 
 
+def rank_actors(served: Served) -> list[int]:
+    """Ray names a process by its actor's class and the call that it is in."""
+    return [pid for pid, command in served.pids.items() if "ray::Rank.run" in command]
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_replicas_of_two_ranks_serve_and_leave_nothing() -> None:
-    """A replica asks Ray for the share of all its ranks; more than the cluster has never starts."""
+def test_ray_replicas_of_two_rank_actors_serve_and_leave_nothing() -> None:
+    """Rank 1 of each replica is an actor in its placement group; a killed one is replaced with its
+    replica, and a killed launcher leaves none.
+    """
     with serving("--launcher", "ray", "--tensor-parallel-size", "2") as served:
         assert_answers(served, 3)
-        assert len(followers(served)) == 2
+        known = rank_actors(served)
+        assert len(known) == 2
+        assert not followers(served)
+        for pid in known:
+            os.kill(pid, signal.SIGKILL)
+        started = time.monotonic()
+        wait_for(
+            "new rank actors",
+            lambda: len([pid for pid in rank_actors(served) if pid not in known]) == 2,
+            within_s=60,
+        )
+        wait_for("ready again", lambda: _ready(served), within_s=30)
+        print(f"two replicas replaced in {time.monotonic() - started:.1f} s")
+        wait_for("an answer", lambda: _answers(served), within_s=30)
         served.note()
         served.signal(signal.SIGKILL)
         served.exit_code(within_s=30)
         served.assert_gone(within_s=20)
+
+
+def _answers(served: Served) -> bool:
+    prompt = prompt_of(300, 5)
+    try:
+        return answer_of(served, prompt, 8) == fake_answer(prompt, 8)
+    except (httpx.HTTPError, KeyError, AssertionError):
+        # Until the front has heard of both new workers.
+        return False
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
