@@ -30,7 +30,7 @@ _CAUSE_WAIT_S = 2.0
 
 
 class Order(BaseModel):
-    """What a follower is told at its start. It holds a secret: pass it by stdin or a call, never argv."""
+    """A follower's start. It holds a secret: pass it by stdin or a call, never argv."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

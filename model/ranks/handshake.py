@@ -1,7 +1,7 @@
 """Rank 0's door: a listening socket, and the proof that who knocks was sent by rank 0.
 
-The token reaches a follower by its starter (stdin, or a call of its actor), never by argv. It does not travel
-over the connection: both sides prove that they know it.
+The token reaches a follower by its starter (stdin, or a call of its actor), never by argv.
+It does not travel over the connection: both sides prove that they know it.
 """
 
 from __future__ import annotations
