@@ -1,7 +1,8 @@
 """Every device op on the device at hand: `python -m bench.kernels` (or `make bench-gpu`).
 
-One run measures the ceilings (a large product, a large copy), checks every op against float64,
-times it beside the same op in torch (compiled), and says which part of its ceiling it reaches. With
+One run measures the ceilings (a large product, a large copy), checks every op against its reference
+(float64 where that takes it), times it beside the same op in torch (compiled), and says which part
+of its ceiling it reaches. With
 `--tiny` the shapes are small enough for a CPU, where kernels run in Triton's interpreter: that
 proves the script, its times mean nothing.
 """

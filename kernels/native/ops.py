@@ -4,6 +4,9 @@ Every kernel computes a row alone, in one order, whatever stands beside it: rows
 and class `exact` costs nothing. Results differ from the reference's in the last bits, which is why
 the set has its own name in the fingerprint.
 
+Longer than our files should be: it is one list of C signatures and the calls that match them, and a
+mistake between the two writes over memory.
+
 Shape suffixes: R rows, S streams, D model width, H heads, C channels, P pairs, K slots, E entries.
 """
 

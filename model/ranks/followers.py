@@ -24,6 +24,8 @@ from penstock.worker import ModelSpec, RankSpec
 
 _log = logging.getLogger(__name__)
 _ARRIVAL_TIMEOUT_S = 180.0
+# A large part may take many minutes to read; a rank that stands still must not hold up the start.
+_LOAD_TIMEOUT_S = 3600.0
 _POLL_S = 0.1
 # A rank that broke off a step has a cause of its own, or is about to end for one.
 _CAUSE_WAIT_S = 2.0
@@ -146,9 +148,11 @@ class Followers:
     def await_ready(self) -> dict[int, str]:
         """Each rank's fingerprint once it has loaded its part.
 
-        Raises ModelLoadError with the sentence of the first rank that could not.
+        Raises ModelLoadError with the sentence of the first rank that could not, or that was not
+        ready within `_LOAD_TIMEOUT_S`.
         """
         found: dict[int, str] = {}
+        deadline = time.monotonic() + _LOAD_TIMEOUT_S
         while len(found) < len(self._channels):
             waiting = {rank: c for rank, c in self._channels.items() if rank not in found}
             ready, _, _ = select.select(list(waiting.values()), [], [], _POLL_S)
@@ -157,6 +161,12 @@ class Followers:
                     found[rank] = self._report(rank, channel)
             if not ready:
                 self._require_running()
+                if time.monotonic() > deadline:
+                    late = ", ".join(str(rank) for rank in waiting)
+                    raise ModelLoadError(
+                        f"rank {late} did not load its part within {_LOAD_TIMEOUT_S:.0f} s; see "
+                        "whether its disk or its process stands still"
+                    )
         return found
 
     def _report(self, rank: int, channel: Channel) -> str:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -328,6 +329,34 @@ def test_a_follower_makes_engine_calls_only() -> None:
         assert time.monotonic() - started < 10
         time.sleep(0.02)
     assert "no engine call" in str(watched.started[0].ended())
+    followers.close()
+
+
+class Idle:
+    """A rank that comes in and then never loads its part."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        threading.Thread(target=self._come_in, daemon=True).start()
+
+    def _come_in(self) -> None:
+        o = self._order
+        self._channel = knock(o.host, o.port, token=o.token, rank=o.rank)
+
+    def ended(self) -> str | None:
+        return None
+
+    def stop(self) -> None:
+        self._channel.close()
+
+
+def test_rank_that_never_loads_is_named_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.ranks.followers._LOAD_TIMEOUT_S", 0.3)
+    followers = Followers(ModelSpec(model="fake"), TWO, host="127.0.0.1", start=Idle)
+    started = time.monotonic()
+    with pytest.raises(ModelLoadError, match="rank 1 did not load its part within"):
+        followers.await_ready()
+    assert time.monotonic() - started < 10
     followers.close()
 
 

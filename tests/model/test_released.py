@@ -1,5 +1,7 @@
 """Checkpoints in the release's own format, from `examples/tiny_checkpoint.py`: loaded strictly and
 only as far as a rank holds them, and the same function as their plain copies.
+
+Longer than our files should be: its cases share checkpoints that take seconds to write.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""DeepSeek-V4's prompts: the release's rules, its texts from the folder, its examples replayed."""
+"""DeepSeek-V4's prompts: the release's rules, its texts from the folder, its examples replayed.
+
+Its length is that of the expected prompts, which stand whole beside their cases.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 A trap test shows two things: our logits are those of the right oracle, and those of the oracle with
 the mistake are far away, so the test could not pass if our code made it. The mistakes are made in
 transformers' modules and never in ours: they stay what they are when our code is rewritten.
+
+One catalogue, hence its length: a mistake is read beside its neighbours.
 """
 
 from __future__ import annotations
