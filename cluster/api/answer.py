@@ -59,16 +59,25 @@ class Answer:
 
 
 class AnswerResponse(Response):
-    """The ASGI side of an `Answer`. `on_end` is called once, whatever happened."""
+    """The ASGI side of an `Answer`. `on_end` is called once, whatever happened.
+
+    It is called before the last byte goes: a client with as many connections as there are places is
+    not refused for what its own last answer still cleans up.
+    """
 
     def __init__(self, service: Service, answer: Answer, on_end: Callable[[], None]) -> None:
         super().__init__()
         self._service = service
         self._answer = answer
-        self._on_end = on_end
+        self._on_end: Callable[[], None] | None = on_end
+
+    def _ends(self) -> None:
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            on_end()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        wire = _Wire(send)
+        wire = _Wire(send, self._ends)
         work = self._stream if self._answer.stream else self._collect
         pump = asyncio.create_task(self._pump(work, wire, scope, receive))
         watcher = asyncio.create_task(_gone(receive))
@@ -95,7 +104,7 @@ class AnswerResponse(Response):
             await asyncio.gather(pump, *helpers, return_exceptions=True)
             # Counts only if nothing else has: then the client went away.
             self._answer.meter.end("cancelled")
-            self._on_end()
+            self._ends()
 
     async def _pump(
         self,
@@ -218,8 +227,9 @@ class AnswerResponse(Response):
 class _Wire:
     """Serialises what pump and ticker send, and knows when the last byte went."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, before_last: Callable[[], None]) -> None:
         self.raw = send
+        self._before_last = before_last
         self.started = False
         self._ended = False
         self.last_s = asyncio.get_running_loop().time()
@@ -261,12 +271,15 @@ class _Wire:
                 await self._body(sse(errors.body(error)), more=False)
             else:
                 self.started = self._ended = True
+                self._before_last()
                 await errors.response(error)(scope, receive, self.raw)
 
     async def _body(self, data: bytes, *, more: bool) -> None:
         if self._ended:
             return
         self._ended = not more
+        if self._ended:
+            self._before_last()
         self.last_s = self._clock()
         await self.raw({"type": "http.response.body", "body": data, "more_body": more})
 

@@ -42,6 +42,8 @@ class FakePlan:
     prefill_pause_s: float = 0.0
     """Before each chunk of the prompt."""
     token_pause_s: float = 0.0
+    close_pause_s: float = 0.0
+    """After the last event, as a cluster needs time to cancel its calls."""
     cached_tokens: int = 0
     answer: Sequence[tuple[int, str]] | None = None
     """Said instead of what the fake engine would: each token with the text that it shows. Ends with
@@ -111,6 +113,7 @@ class FakeService:
             yield Finish("length", Usage(total, cached, request.stop.max_tokens))
         finally:
             self._engine.release(sequence)
+            await asyncio.sleep(self.plan.close_pause_s)
             self.closed += 1
 
     @staticmethod

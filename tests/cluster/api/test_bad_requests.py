@@ -7,11 +7,12 @@ from typing import Any
 
 import httpx
 import pytest
-from api_harness import Api, chat, make_api
+from api_harness import Api, chat, make_api, served
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.api.schema import ChatBody
+from penstock.errors import OverloadedError
 
 URL = "/v1/chat/completions"
 USER = [{"role": "user", "content": "hi"}]
@@ -192,6 +193,22 @@ async def test_one_request_too_many_is_429() -> None:
         for _ in range(3):
             assert (await client.post(URL, json=chat(max_tokens=1))).status_code == 200
             check(await client.post(URL, json=chat(n=2)), 400, "unsupported_value", "n")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_has_its_answer_has_its_place_back(stream: bool) -> None:
+    """What a request still has to clean up is not held against the next one."""
+    api = make_api(max_streams=1)
+    api.service.plan.close_pause_s = 0.3
+    async with served(api.app) as url, httpx.AsyncClient(base_url=url) as client:
+        for _ in range(3):
+            answer = await client.post(URL, json=chat(max_tokens=2, stream=stream))
+            assert answer.status_code == 200, answer.text
+        api.service.plan.refuse = OverloadedError("no worker has room")
+        for _ in range(2):
+            answer = await client.post(URL, json=chat(max_tokens=2, stream=stream))
+            assert "no worker has room" in answer.text
+    assert api.app.state.penstock._streams == 0
 
 
 json_values = st.recursive(
