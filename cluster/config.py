@@ -42,6 +42,10 @@ class FrontSection(Section):
     port: int = Field(default=8000, ge=0, le=65535)
     api_key: str | None = Field(default=None, repr=False, min_length=1)
     """One key, or several separated by commas; each is a tenant of its own."""
+    api_keys_file: str | None = None
+    """File of hashed keys with tenants, scopes and limits (`penstock keys`); read again when it
+    changes.
+    """
     cluster_key: str | None = Field(default=None, repr=False, min_length=16)
     """Secret of the block namespaces; set the same one on every front of a cluster."""
     tls_cert: str | None = None
@@ -65,11 +69,13 @@ class FrontSection(Section):
     def _exposure(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key must be given together")
-        safe = self.api_key is not None and self.tls_cert is not None
+        asks = self.api_key is not None or self.api_keys_file is not None
+        safe = asks and self.tls_cert is not None
         if not (is_loopback(self.host) or safe or self.insecure):
             raise ValueError(
                 f"host {self.host} is reachable from other machines: give an API key "
-                "(--api-key) and TLS (--tls-cert, --tls-key) with it, or --insecure"
+                "(--api-key or --api-keys-file) and TLS (--tls-cert, --tls-key) with it, or "
+                "--insecure"
             )
         if not self.keys and self.api_key is not None:
             raise ValueError("api_key holds no key")

@@ -65,6 +65,15 @@ class AuthenticationError(PenstockError):
     grpc_code = "UNAUTHENTICATED"
 
 
+class PermissionDeniedError(PenstockError):
+    """The key is valid and not allowed to do this."""
+
+    http_status = 403
+    openai_type = "invalid_request_error"
+    code = "insufficient_scope"
+    grpc_code = "PERMISSION_DENIED"
+
+
 class ModelNotFoundError(PenstockError):
     http_status = 404
     openai_type = "invalid_request_error"
@@ -80,6 +89,12 @@ class OverloadedError(PenstockError):
     code = "overloaded"
     grpc_code = "RESOURCE_EXHAUSTED"
     retry_after_s = 1.0
+
+
+class RateLimitError(OverloadedError):
+    """A limit of the caller's key: requests, tokens, or requests at once."""
+
+    code = "rate_limit_exceeded"
 
 
 class UnavailableError(PenstockError):
@@ -148,8 +163,10 @@ _BY_CODE: dict[str, type[PenstockError]] = {
         InvalidRequestError,
         ContextLengthError,
         AuthenticationError,
+        PermissionDeniedError,
         ModelNotFoundError,
         OverloadedError,
+        RateLimitError,
         UnavailableError,
         StoreUnavailableError,
         WorkerUnavailableError,

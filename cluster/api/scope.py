@@ -1,4 +1,6 @@
-"""Around every request: its id, the API key, a count of the response, and the last safety net."""
+"""Around every request: its id, the API key and its limits, a count of the response, and the last
+safety net.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.api import errors
 from cluster.api.state import ApiState
+from cluster.auth.contracts import ApiScope
+from cluster.auth.limiter import Admission
+from cluster.auth.metered import charged_to
 from penstock.errors import InvalidRequestError, PenstockError
 from penstock.telemetry import request_scope
 
 _log = logging.getLogger(__name__)
 _LONGEST_ID = 128
 _OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics", "/docs", "/openapi.json"})
+# What a key must be allowed to do, by the beginning of the path; elsewhere any valid key will do.
+_SCOPES: tuple[tuple[str, ApiScope], ...] = (
+    ("/v1/chat/", "generate"),
+    ("/v1/completions", "generate"),
+    ("/v1/files", "batch"),
+    ("/v1/batches", "batch"),
+    ("/v1/models", "read"),
+    ("/tokenize", "read"),
+    ("/detokenize", "read"),
+)
 
 
 class RequestScope:
@@ -35,18 +50,26 @@ class RequestScope:
         request_id = f"req-{secrets.token_hex(12)}" if given is None or wrong_id else given
         header = (b"x-request-id", request_id.encode())
         status = 0
+        admission: Admission | None = None
 
         async def tagged(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), header]
+                if admission is not None:
+                    limits = admission.headers().items()
+                    message["headers"] += [(k.encode(), v.encode()) for k, v in limits]
+            elif admission is not None and not message.get("more_body"):
+                # Before the last byte goes: who has read it may ask again at once.
+                admission.leave()
             await send(message)
 
         with request_scope(request_id):
             try:
-                self._admit(scope, wrong_id)
-                await self._app(scope, receive, tagged)
+                admission = self._admit(scope, wrong_id)
+                with charged_to(admission):
+                    await self._app(scope, receive, tagged)
             except PenstockError as error:
                 if not status:
                     await errors.response(error)(scope, receive, tagged)
@@ -55,9 +78,12 @@ class RequestScope:
                 if not status:
                     await errors.response(errors.unexpected())(scope, receive, tagged)
             finally:
+                if admission is not None:
+                    admission.leave()
                 self._count(scope, status, time.monotonic() - started)
 
-    def _admit(self, scope: Scope, wrong_id: bool) -> None:
+    def _admit(self, scope: Scope, wrong_id: bool) -> Admission | None:
+        """None: the path is open to all."""
         if wrong_id:
             raise InvalidRequestError(
                 f"X-Request-Id must be 1 to {_LONGEST_ID} printable ASCII characters",
@@ -65,8 +91,16 @@ class RequestScope:
                 code="invalid_request_id",
             )
         scope["penstock.tenant"] = "default"
-        if scope["path"] not in _OPEN_PATHS:
-            scope["penstock.tenant"] = self._state.tenant(_header(scope, b"authorization"))
+        path: str = scope["path"]
+        if path in _OPEN_PATHS:
+            return None
+        caller = self._state.authenticator.authenticate(_header(scope, b"authorization"))
+        scope["penstock.tenant"] = caller.tenant
+        scope["penstock.caller"] = caller
+        for prefix, wanted in _SCOPES:
+            if path.startswith(prefix):
+                caller.require(wanted)
+        return self._state.limiter.enter(caller)
 
     def _count(self, scope: Scope, status: int, took_s: float) -> None:
         route = scope.get("route")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from cluster.auth.authenticators import open_authenticator
+from cluster.auth.limiter import Limiter
+from cluster.auth.metered import MeteredService
 from cluster.config import FrontSection
 from cluster.contracts import ServedModel, Service
 from penstock.chat import ChatEncoder
 from penstock.errors import (
-    AuthenticationError,
     ModelNotFoundError,
     OverloadedError,
     UnavailableError,
@@ -27,7 +27,7 @@ _INLINE_BYTES = 1 << 11
 
 
 class ApiState:
-    """Service, encoders, limits and keys of one app."""
+    """Service, encoders, keys and limits of one app."""
 
     def __init__(
         self,
@@ -39,14 +39,17 @@ class ApiState:
         telemetry: Telemetry,
         sampling_defaults: Mapping[str, float],
     ) -> None:
-        self.service = service
+        self.service: Service = MeteredService(service)
         self.config = config
         self.telemetry = telemetry
         self.sampling_defaults = dict(sampling_defaults)
         self._tokenizer = tokenizer
         self._chat = chat
         self._streams = 0
-        self._keys = [hashlib.sha256(key.encode()).digest() for key in config.keys]
+        self.authenticator = open_authenticator(
+            api_keys=config.keys, keys_file=config.api_keys_file
+        )
+        self.limiter = Limiter()
         # Encoding holds a text, its tokens and their offsets; the threads bound how many at once.
         self._encoders = ThreadPoolExecutor(config.encode_threads, "encode")
 
@@ -69,19 +72,6 @@ class ApiState:
                 "the served model has no tokenizer.json; send token ids to /v1/completions"
             )
         return self._chat
-
-    def tenant(self, authorization: str | None) -> str:
-        """Who asks. Raises `AuthenticationError`; compares with every key in constant time."""
-        if not self._keys:
-            return "default"
-        scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
-            raise AuthenticationError("send the API key as 'Authorization: Bearer KEY'")
-        digest = hashlib.sha256(key.strip().encode()).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self._keys]
-        if not any(matches):
-            raise AuthenticationError("this API key is not valid here")
-        return digest.hex()
 
     def take_stream(self) -> Callable[[], None]:
         """Counts a request in; the result counts it out. Raises `OverloadedError` at the limit."""
@@ -117,4 +107,5 @@ class ApiState:
         return result
 
     def close(self) -> None:
+        self.authenticator.close()
         self._encoders.shutdown(wait=False, cancel_futures=True)

@@ -54,6 +54,10 @@ def serve(
         str | None,
         typer.Option(help="Key that clients must send; several separated by commas."),
     ] = None,
+    api_keys_file: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Keys with tenants and limits; see `penstock keys`."),
+    ] = None,
     tls_cert: Annotated[str | None, typer.Option(help="Certificate file, PEM.")] = None,
     tls_key: Annotated[str | None, typer.Option(help="Its private key, PEM.")] = None,
     insecure: Annotated[
@@ -99,6 +103,7 @@ def serve(
             "model.num_speculative_tokens": num_speculative_tokens,
             "model.kv_cache_dtype": text(kv_cache_dtype),
             "front.api_key": api_key,
+            "front.api_keys_file": api_keys_file,
             "front.tls_cert": tls_cert,
             "front.tls_key": tls_key,
             "front.insecure": insecure or None,
@@ -118,6 +123,11 @@ def serve(
     for role in ("prefill", "decode"):
         check_ranks(resolved.config.model_spec(), resolved.config.parallel.of_role(role))
     check_encoding(resolved.config.model.model)
+    keys_file = resolved.config.front.api_keys_file
+    if keys_file is not None:
+        from cluster.auth.keys import read_keys
+
+        read_keys(Path(keys_file))
     for name in (resolved.config.front.tls_cert, resolved.config.front.tls_key):
         if name is not None and not Path(name).is_file():
             raise UsageError(f"there is no TLS file '{name}'; check --tls-cert and --tls-key")
