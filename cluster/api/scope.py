@@ -57,8 +57,9 @@ class RequestScope:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), header]
-                if admission is not None:
-                    limits = admission.headers().items()
+                caller = scope.get("penstock.caller")
+                if caller is not None:
+                    limits = self._state.limiter.headers(caller).items()
                     message["headers"] += [(k.encode(), v.encode()) for k, v in limits]
             elif admission is not None and not message.get("more_body"):
                 # Before the last byte goes: who has read it may ask again at once.

@@ -71,6 +71,22 @@ class Limiter:
         account.running += 1
         return Admission(self, account, caller)
 
+    def headers(self, caller: Caller) -> dict[str, str]:
+        """OpenAI's `x-ratelimit-*`, for the limits per minute that the key has."""
+        account = self._accounts.get(caller.key_id)
+        if account is None:
+            return {}
+        now_s = self._clock()
+        found = {}
+        for name, label in (("requests_per_minute", "requests"), ("tokens_per_minute", "tokens")):
+            bucket = account.buckets.get(name)
+            if bucket is not None:
+                left = max(0, int(bucket.refilled(now_s).level))
+                found[f"x-ratelimit-limit-{label}"] = f"{bucket.capacity:.0f}"
+                found[f"x-ratelimit-remaining-{label}"] = str(left)
+                found[f"x-ratelimit-reset-{label}"] = span(bucket.wait_s(now_s, bucket.capacity))
+        return found
+
     def _account(self, caller: Caller, now_s: float) -> _Account:
         account = self._accounts.get(caller.key_id)
         if account is None:
@@ -135,19 +151,6 @@ class Admission:
         now_s = self._limiter._clock()
         for name in ("tokens_per_minute", "tokens_per_day"):
             self._limiter._take(self._account, name, tokens, now_s)
-
-    def headers(self) -> dict[str, str]:
-        """OpenAI's `x-ratelimit-*`, for the limits per minute that this key has."""
-        now_s = self._limiter._clock()
-        found = {}
-        for name, label in (("requests_per_minute", "requests"), ("tokens_per_minute", "tokens")):
-            bucket = self._account.buckets.get(name)
-            if bucket is not None:
-                left = max(0, int(bucket.refilled(now_s).level))
-                found[f"x-ratelimit-limit-{label}"] = f"{bucket.capacity:.0f}"
-                found[f"x-ratelimit-remaining-{label}"] = str(left)
-                found[f"x-ratelimit-reset-{label}"] = span(bucket.wait_s(now_s, bucket.capacity))
-        return found
 
     def leave(self) -> None:
         """The request has ended. May be called again."""

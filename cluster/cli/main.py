@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import ask, bench, config, demo, doctor, logits, serve
+from cluster.cli import ask, bench, config, demo, doctor, keys, logits, serve
 from penstock.errors import PenstockError, UsageError
 
 _DEBUG = "--debug"
@@ -34,6 +34,7 @@ def build() -> typer.Typer:
         group.register(app)
     bench.register(app)
     config.register(app)
+    keys.register(app)
     return app
 
 
