@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from decode.admission import Admission, Need
 from decode.batch import Batch
 from decode.detokenize import DecodeBytes
+from decode.evidence import of_prompt
 from decode.job import AnswerRunner, Listener, Order
 from decode.stream import Drawn, Wishes
 from kvstore.client import StoreClient
@@ -194,7 +195,13 @@ class DecodeWorker:
     async def _generate(self, request: worker_pb2.GenerateRequest, write: Write) -> None:
         """The RPC: one answer."""
         with self._host.call() as has_told:
-            news = _Events(self.spec.worker_id, write, has_told, one_by_one=request.evidence)
+            news = _Events(
+                self.spec.worker_id,
+                write,
+                has_told,
+                prompt_tokens=len(request.prompt.token_ids),
+                one_by_one=request.evidence,
+            )
             order = await asyncio.to_thread(self._read, request)
             await self.runner.run(order, Listener(news.granted, news.tokens, news.finished))
 
@@ -244,10 +251,17 @@ class _Events:
     """An answer's news as messages of the stream."""
 
     def __init__(
-        self, worker_id: str, write: Write, has_told: Callable[[], None], *, one_by_one: bool
+        self,
+        worker_id: str,
+        write: Write,
+        has_told: Callable[[], None],
+        *,
+        prompt_tokens: int,
+        one_by_one: bool,
     ) -> None:
         """`one_by_one`: evidence belongs to one token, so each gets an event of its own."""
         self._worker_id = worker_id
+        self._prompt_tokens = prompt_tokens
         self._write = write
         self._one_by_one = one_by_one
         self._has_told = has_told
@@ -266,7 +280,7 @@ class _Events:
                 evidence=[
                     worker_pb2.EvidenceSpan(start=span.start, end=span.end, mass=span.mass)
                     for one in group
-                    for span in one.evidence
+                    for span in of_prompt(one.evidence, self._prompt_tokens)
                 ],
                 logits_digests=[one.digest for one in group if one.digest],
             )

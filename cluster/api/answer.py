@@ -19,10 +19,10 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from cluster.api import errors
+from cluster.api.evidence import EvidenceText
 from cluster.api.parts import AnswerParts
 from cluster.api.render import (
     KEEP_ALIVE,
-    EvidenceText,
     Render,
     TokenRecord,
     progress_comment,
@@ -179,8 +179,10 @@ class AnswerResponse(Response):
         """Extension fields that the client asked for; usually none."""
         extra: dict[str, Any] = {}
         answer = self._answer
-        if chunk.evidence and answer.evidence:
-            extra["evidence"] = answer.evidence.objects(chunk.evidence)
+        if answer.evidence:
+            found = answer.evidence.add(chunk)
+            if found:
+                extra["evidence"] = found
         if answer.tokens is not None:
             extra |= answer.tokens.add(chunk)
         return extra
@@ -191,9 +193,20 @@ class AnswerResponse(Response):
             last = answer.render.text(finish.text) if finish.text else b""
         else:
             last = b"".join(answer.render.delta(delta) for delta in answer.parts.close(finish))
+        last += self._summary()
         timings = {**finish.timings, **answer.meter.timings()}
         answer.meter.end(finish.reason, finish.usage)
         await wire.end(last + answer.render.closing(finish, timings, answer.parts))
+
+    def _summary(self) -> bytes:
+        """A chunk with what is known only at the end: evidence of the whole answer."""
+        answer = self._answer
+        if answer.evidence is None:
+            return b""
+        extra = {"answer_evidence": answer.evidence.of_answer()}
+        if answer.parts is None:
+            return answer.render.text_with("", extra)
+        return answer.render.delta(extra)
 
     async def _collect(self, wire: _Wire) -> None:
         answer = self._answer

@@ -13,13 +13,13 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
 from cluster.contracts import Readiness, ServedModel, WorkerView
+from decode.evidence import of_prompt
 from model.engine import Segment
 from model.fake import EOS, FakeEngine, FakeSettings
 from model.sampler import sample
 from penstock.errors import PenstockError
 from penstock.request import (
     Event,
-    EvidenceSpan,
     Finish,
     Progress,
     Request,
@@ -107,7 +107,7 @@ class FakeService:
                     yield Finish("stop", Usage(total, cached, index))
                     return
                 found = self._engine.evidence(sequence) if request.evidence else []
-                spans = tuple(EvidenceSpan(e.start, e.end, e.mass) for e in found)
+                spans = tuple(of_prompt(found, total))
                 self._engine.forward([Segment(sequence, [token])])
                 yield TokenChunk(index, (token,), utf8.decode(bytes([token])), spans)
             yield Finish("length", Usage(total, cached, request.stop.max_tokens))

@@ -10,9 +10,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from cluster.api.answer import Answer, AnswerResponse
+from cluster.api.evidence import EvidenceText, PromptText, contents
 from cluster.api.intake import parse, read_body, state_of
 from cluster.api.parts import AnswerParts
-from cluster.api.render import ChatRender, EvidenceText, Render, TextRender, TokenRecord
+from cluster.api.render import ChatRender, Render, TextRender, TokenRecord
 from cluster.api.schema import ChatBody, CompletionBody, Generation
 from cluster.api.state import ApiState
 from cluster.contracts import ServedModel
@@ -55,6 +56,11 @@ class _Chat:
     def encode(body: Any, state: ApiState, scope: bytes) -> Encoded:
         return state.chat.encode(body.messages, body.chat_options(), scope=scope)
 
+    @staticmethod
+    def texts(body: Any, encoded: Encoded, state: ApiState) -> list[str]:
+        """What evidence counts characters in."""
+        return contents(body.messages)
+
 
 class _Text:
     endpoint = "completions"
@@ -81,6 +87,11 @@ class _Text:
             raise InvalidRequestError("the prompt is empty", param="prompt")
         return Encoded(ids, ())
 
+    @staticmethod
+    def texts(body: Any, encoded: Encoded, state: ApiState) -> list[str]:
+        prompt = body.one_prompt()
+        return [prompt if isinstance(prompt, str) else state.tokenizer.decode(encoded.token_ids)]
+
 
 async def _answer(http: Request, kind: type[_Chat] | type[_Text]) -> Response:
     started_s = time.monotonic()
@@ -90,9 +101,10 @@ async def _answer(http: Request, kind: type[_Chat] | type[_Text]) -> Response:
     try:
         raw = await read_body(http, state.config.max_body_bytes)
         # The text is parsed where it is encoded: tens of megabytes must not stop the event loop.
-        encoded, body, scope = await state.encode(_prepare(raw, kind, state, tenant), len(raw))
+        work = _prepare(raw, kind, state, tenant)
+        encoded, body, scope, evidence = await state.encode(work, len(raw))
         model = await state.model(body.model)
-        answer = _plan(body, encoded, scope, model, kind, state, started_s)
+        answer = _plan(body, encoded, scope, evidence, model, kind, state, started_s)
     except BaseException:
         give_back()
         raise
@@ -101,19 +113,32 @@ async def _answer(http: Request, kind: type[_Chat] | type[_Text]) -> Response:
 
 def _prepare(
     raw: bytes, kind: type[_Chat] | type[_Text], state: ApiState, tenant: str
-) -> Callable[[], tuple[Encoded, Generation, bytes]]:
-    def work() -> tuple[Encoded, Generation, bytes]:
+) -> Callable[[], tuple[Encoded, Generation, bytes, EvidenceText | None]]:
+    def work() -> tuple[Encoded, Generation, bytes, EvidenceText | None]:
         body = parse(kind.schema, raw)
         scope = namespace(state.config.cluster_key_bytes, tenant, body.cache_salt or "")
-        return kind.encode(body, state, scope), body, scope
+        encoded = kind.encode(body, state, scope)
+        evidence = _evidence(body, encoded, kind, state) if body.evidence else None
+        return encoded, body, scope, evidence
 
     return work
+
+
+def _evidence(
+    body: Generation, encoded: Encoded, kind: type[_Chat] | type[_Text], state: ApiState
+) -> EvidenceText:
+    prompt = encoded.token_ids
+    if not state.has_tokenizer:
+        return EvidenceText(None, prompt, names_message=kind is _Chat)
+    text = PromptText(state.tokenizer, prompt, kind.texts(body, encoded, state))
+    return EvidenceText(state.tokenizer, prompt, text, names_message=kind is _Chat)
 
 
 def _plan(
     body: Generation,
     encoded: Encoded,
     scope: bytes,
+    evidence: EvidenceText | None,
     model: ServedModel,
     kind: type[_Chat] | type[_Text],
     state: ApiState,
@@ -139,11 +164,10 @@ def _plan(
         model=model,
         include_usage=body.include_usage,
     )
-    tokenizer = state.tokenizer if state.has_tokenizer else None
     return Answer(
         request=request,
         render=render,
-        evidence=EvidenceText(tokenizer, prompt) if body.evidence else None,
+        evidence=evidence,
         tokens=TokenRecord() if body.logits_digest else None,
         parts=None if encoded.answer.plain else AnswerParts(encoded.answer),
         meter=state.telemetry.request(kind.endpoint, started_s),

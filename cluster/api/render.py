@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +10,10 @@ import orjson
 
 from cluster.api.parts import AnswerParts
 from cluster.contracts import ServedModel
-from penstock.request import EvidenceSpan, Finish, Progress, TokenChunk
-from penstock.tokenizer import Tokenizer
+from penstock.request import Finish, Progress, TokenChunk
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
-_MOST_SPANS = 64
 
 
 def progress_comment(event: Progress) -> bytes:
@@ -42,34 +40,6 @@ def usage_object(finish: Finish, parts: AnswerParts | None) -> dict[str, Any]:
         "prompt_cache_hit_tokens": cached,
         "prompt_cache_miss_tokens": usage.prompt_tokens - cached,
     }
-
-
-@dataclass
-class EvidenceText:
-    """Spans of prompt tokens with their text; collects them over an answer."""
-
-    tokenizer: Tokenizer | None
-    prompt: Sequence[int]
-    _heaviest: dict[tuple[int, int], float] = field(default_factory=dict)
-
-    def objects(self, spans: Sequence[EvidenceSpan]) -> list[dict[str, Any]]:
-        found = []
-        for span in spans:
-            start, end = max(0, span.start), min(span.end, len(self.prompt))
-            if start < end:
-                place = start, end
-                self._heaviest[place] = max(span.mass, self._heaviest.get(place, 0.0))
-                found.append(self._object(start, end, span.mass))
-        return found
-
-    def of_answer(self) -> list[dict[str, Any]]:
-        """Each span once with the greatest mass that any token gave it; heaviest first."""
-        order = sorted(self._heaviest.items(), key=lambda item: (-item[1], item[0]))
-        return [self._object(a, b, mass) for (a, b), mass in order[:_MOST_SPANS]]
-
-    def _object(self, start: int, end: int, mass: float) -> dict[str, Any]:
-        text = self.tokenizer.decode(self.prompt[start:end]) if self.tokenizer else ""
-        return {"start": start, "end": end, "mass": mass, "text": text}
 
 
 @dataclass

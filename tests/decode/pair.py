@@ -78,7 +78,11 @@ def oracle(
         token = sample(row, sampling, position=sequence.position, forbidden=forbidden)
         answer.token_ids.append(token)
         answer.digests.append(blake3(row.cast("B")).digest()[:8])
-        answer.evidence += [(span.start, span.end) for span in engine.evidence(sequence)]
+        answer.evidence += [
+            (span.start, min(span.end, len(prompt)))
+            for span in engine.evidence(sequence)
+            if span.start < len(prompt)
+        ]
         if token == EOS and not ignore_eos:
             answer.reason = "stop"
             break

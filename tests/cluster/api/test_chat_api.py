@@ -81,13 +81,24 @@ async def test_evidence_names_spans_of_the_prompt(client: httpx.AsyncClient) -> 
     for span in found:
         assert span["text"] == prompt[span["start"] : span["end"]]
         assert span["mass"] == 1.0
+        assert text[span["char_start"] : span["char_end"]] in span["text"]
+        assert span["message"] == 0
+    # The fake attends to one entry a token.
+    assert sum(span["weight"] for span in found) == pytest.approx(1.0)
     answer = await client.post(URL, json=chat(text, stream=True, **settings))
     streamed = [
         span
         for c in events(answer.text)[:-1]
         for span in c["choices"][0]["delta"].get("evidence", ())
     ]
-    assert {(s["start"], s["end"]) for s in streamed} == {(s["start"], s["end"]) for s in found}
+    tokens = [
+        {t for s in spans for t in range(s["start"], s["end"])} for spans in (streamed, found)
+    ]
+    assert tokens[0] == tokens[1]
+    last = events(answer.text)[-3]["choices"][0]["delta"]
+    assert last == {"content": "", "answer_evidence": found}
+    without = (await client.post(URL, json=chat(text, stream=True, max_tokens=4))).text
+    assert "evidence" not in without
 
 
 async def test_equal_seeds_give_equal_answers_and_no_seed_gives_a_fresh_one(
