@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.api import errors
 from cluster.api.evidence import EvidenceText
+from cluster.api.grounding import Grounding
 from cluster.api.parts import AnswerParts
 from cluster.api.render import (
     KEEP_ALIVE,
@@ -49,6 +50,8 @@ class Answer:
     request: Request
     render: Render
     evidence: EvidenceText | None
+    grounding: Grounding | None
+    """The answer is held back until it is checked."""
     tokens: TokenRecord | None
     parts: AnswerParts | None
     """None: the text is the content."""
@@ -140,7 +143,10 @@ class AnswerResponse(Response):
     def _events(self) -> Any:
         """As a closing context: leaving it cancels the request."""
         # Every `generate` is an async generator; the contract promises an iterator with aclose.
-        return aclosing(cast(Any, self._service.generate(self._answer.request)))
+        events = self._service.generate(self._answer.request)
+        if self._answer.grounding is not None:
+            events = self._answer.grounding.events(events)
+        return aclosing(cast(Any, events))
 
     async def _stream(self, wire: _Wire) -> None:
         render, meter = self._answer.render, self._answer.meter
@@ -199,11 +205,15 @@ class AnswerResponse(Response):
         await wire.end(last + answer.render.closing(finish, timings, answer.parts))
 
     def _summary(self) -> bytes:
-        """A chunk with what is known only at the end: evidence of the whole answer."""
+        """A chunk with what is known only at the end: evidence of the whole answer, grounding."""
         answer = self._answer
-        if answer.evidence is None:
+        extra: dict[str, Any] = {}
+        if answer.evidence is not None:
+            extra["answer_evidence"] = answer.evidence.of_answer()
+        if answer.grounding is not None:
+            extra["grounding"] = answer.grounding.told
+        if not extra:
             return b""
-        extra = {"answer_evidence": answer.evidence.of_answer()}
         if answer.parts is None:
             return answer.render.text_with("", extra)
         return answer.render.delta(extra)
@@ -227,11 +237,15 @@ class AnswerResponse(Response):
                     else:
                         texts.append(event.text)
                     timings = {**event.timings, **answer.meter.timings()}
-                    found = answer.evidence.of_answer() if answer.evidence else None
+                    extra: dict[str, Any] = {}
+                    if answer.evidence is not None:
+                        extra["evidence"] = answer.evidence.of_answer()
+                    if answer.grounding is not None:
+                        extra["grounding"] = answer.grounding.told
                     answer.meter.end(event.reason, event.usage)
                     message = answer.parts or "".join(texts)
                     await wire.whole(
-                        answer.render.whole(message, event, timings, found, answer.tokens)
+                        answer.render.whole(message, event, timings, extra, answer.tokens)
                     )
                     return
         raise errors.unexpected()

@@ -20,14 +20,17 @@ _CONTINUATION = bytes(range(0x80, 0xC0))
 
 def contents(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     """The text of each message of a chat request: what `char_start` counts in."""
-    return [_text(message.get("content")) for message in messages]
+    return [
+        _text(message.get("content"), "\n\n" if message.get("role") == "tool" else "")
+        for message in messages
+    ]
 
 
-def _text(content: Any) -> str:
+def _text(content: Any, joint: str) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
-    return "".join(p["text"] for p in parts if isinstance(p, dict) and "text" in p)
+    return joint.join(p["text"] for p in parts if isinstance(p, dict) and "text" in p)
 
 
 class PromptText:

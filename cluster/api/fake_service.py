@@ -20,6 +20,7 @@ from model.sampler import sample
 from penstock.errors import PenstockError
 from penstock.request import (
     Event,
+    EvidenceSpan,
     Finish,
     Progress,
     Request,
@@ -48,6 +49,8 @@ class FakePlan:
     answer: Sequence[tuple[int, str]] | None = None
     """Said instead of what the fake engine would: each token with the text that it shows. Ends with
     `stop`, or with `length` if `max_tokens` comes first."""
+    answer_evidence: Sequence[tuple[int, int, float]] = ()
+    """Of every token of `answer`: start, end, mass."""
     ready: bool = True
 
 
@@ -84,7 +87,7 @@ class FakeService:
                     self._engine.forward([Segment(sequence, chunk)])
                 yield Progress(start + len(chunk), total, cached)
             if self.plan.answer is not None:
-                for event in self._scripted(self.plan.answer, request, cached):
+                for event in self._scripted(self.plan, request, cached):
                     await asyncio.sleep(self.plan.token_pause_s)
                     yield event
                 return
@@ -117,12 +120,12 @@ class FakeService:
             self.closed += 1
 
     @staticmethod
-    def _scripted(
-        answer: Sequence[tuple[int, str]], request: Request, cached: int
-    ) -> Iterator[Event]:
+    def _scripted(plan: FakePlan, request: Request, cached: int) -> Iterator[Event]:
+        answer = plan.answer or ()
         said = answer[: request.stop.max_tokens]
+        spans = tuple(EvidenceSpan(*each) for each in plan.answer_evidence)
         for index, (token, text) in enumerate(said):
-            yield TokenChunk(index, (token,), text)
+            yield TokenChunk(index, (token,), text, spans if request.evidence else ())
         reason = "stop" if len(said) == len(answer) else "length"
         yield Finish(reason, Usage(len(request.token_ids), cached, len(said)))
 

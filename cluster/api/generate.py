@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from cluster.api.answer import Answer, AnswerResponse
 from cluster.api.evidence import EvidenceText, PromptText, contents
+from cluster.api.grounding import Grounding, check_combination, refusal_of
 from cluster.api.intake import parse, read_body, state_of
 from cluster.api.parts import AnswerParts
 from cluster.api.render import ChatRender, Render, TextRender, TokenRecord
@@ -146,6 +147,7 @@ def _plan(
 ) -> Answer:
     """From checked parts to what will run. Raises for what does not fit the model."""
     prompt = encoded.token_ids
+    grounding = _grounding(body, encoded, state)
     answer_id = kind.id_prefix + secrets.token_hex(16)
     request = nouns.Request(
         # Not the client's X-Request-Id: leases belong to this id, so nobody else may choose it.
@@ -155,7 +157,7 @@ def _plan(
         sampling=body.sampling(state.sampling_defaults, secrets.randbits(63)),
         stop=body.stop_rule(_max_tokens(body, len(prompt), model.max_model_len, kind, state)),
         boundaries=encoded.boundaries,
-        evidence=bool(body.evidence),
+        evidence=bool(body.evidence) or grounding is not None,
         logits_digest=bool(body.logits_digest),
     )
     render = kind.render(
@@ -168,12 +170,25 @@ def _plan(
         request=request,
         render=render,
         evidence=evidence,
+        grounding=grounding,
         tokens=TokenRecord() if body.logits_digest else None,
         parts=None if encoded.answer.plain else AnswerParts(encoded.answer),
         meter=state.telemetry.request(kind.endpoint, started_s),
         stream=bool(body.stream),
         keep_alive_s=state.config.keep_alive_s,
         timeout_s=state.config.request_timeout_s,
+    )
+
+
+def _grounding(body: Generation, encoded: Encoded, state: ApiState) -> Grounding | None:
+    if body.grounding != "strict":
+        return None
+    check_combination(body)
+    return Grounding(
+        refusal=refusal_of(state.chat.refusal),
+        form=encoded.answer,
+        tokenizer=state.tokenizer,
+        prompt=encoded.token_ids,
     )
 
 

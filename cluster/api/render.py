@@ -126,14 +126,14 @@ class Render:
         answer: str | AnswerParts,
         finish: Finish,
         timings: Mapping[str, float],
-        evidence: list[dict[str, Any]] | None,
+        extra: Mapping[str, Any],
         tokens: TokenRecord | None = None,
     ) -> bytes:
-        """The body of a response that is not streamed."""
+        """The body of a response that is not streamed. `extra`: extension fields of the answer."""
         parts = answer if isinstance(answer, AnswerParts) else None
         choice = {
             "index": 0,
-            **self._whole_choice(answer, evidence),
+            **self._whole_choice(answer, extra),
             **(tokens.of_answer() if tokens else {}),
             "logprobs": None,
             "finish_reason": parts.reason(finish.reason) if parts else finish.reason,
@@ -148,9 +148,7 @@ class Render:
             }
         )
 
-    def _whole_choice(
-        self, answer: str | AnswerParts, evidence: list[dict[str, Any]] | None
-    ) -> dict[str, Any]:
+    def _whole_choice(self, answer: str | AnswerParts, extra: Mapping[str, Any]) -> dict[str, Any]:
         raise NotImplementedError
 
 
@@ -177,14 +175,9 @@ class ChatRender(Render):
         choice: dict[str, Any] = {"delta": {}, "logprobs": None, "finish_reason": reason}
         return self._chunk(choice, timings=timings)
 
-    def _whole_choice(
-        self, answer: str | AnswerParts, evidence: list[dict[str, Any]] | None
-    ) -> dict[str, Any]:
+    def _whole_choice(self, answer: str | AnswerParts, extra: Mapping[str, Any]) -> dict[str, Any]:
         said = {"content": answer} if isinstance(answer, str) else answer.message()
-        message: dict[str, Any] = {"role": "assistant", "refusal": None, **said}
-        if evidence is not None:
-            message["evidence"] = evidence
-        return {"message": message}
+        return {"message": {"role": "assistant", "refusal": None, **said, **extra}}
 
 
 class TextRender(Render):
@@ -201,8 +194,6 @@ class TextRender(Render):
         choice = {"text": "", "logprobs": None, "finish_reason": reason}
         return self._chunk(choice, timings=timings)
 
-    def _whole_choice(
-        self, answer: str | AnswerParts, evidence: list[dict[str, Any]] | None
-    ) -> dict[str, Any]:
+    def _whole_choice(self, answer: str | AnswerParts, extra: Mapping[str, Any]) -> dict[str, Any]:
         assert isinstance(answer, str), "a completion has no parts"
-        return {"text": answer} if evidence is None else {"text": answer, "evidence": evidence}
+        return {"text": answer, **extra}

@@ -58,6 +58,7 @@ class Generation(Body):
     logit_bias: dict[str, float] | None = None
     best_of: int | None = None
     grounding: Literal["off", "strict"] | None = None
+    """Extension: `strict` turns an answer that its evidence does not contain into a refusal."""
 
     @model_validator(mode="after")
     def _supported(self) -> Generation:
@@ -76,7 +77,6 @@ class Generation(Body):
         self._refuse_if("frequency_penalty", bool(self.frequency_penalty))
         self._refuse_if("presence_penalty", bool(self.presence_penalty))
         self._refuse_if("logit_bias", bool(self.logit_bias))
-        self._refuse_if("grounding", self.grounding == "strict")
         return self
 
     @staticmethod

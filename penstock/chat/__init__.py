@@ -18,7 +18,7 @@ from penstock.chat.encoder import (
 from penstock.chat.goldens import check
 from penstock.chat.messages import Message, ToolCall, read_messages, read_tools
 from penstock.chat.prompts import read_prompts
-from penstock.chat.text import LedgerChat, PlainChat
+from penstock.chat.text import LEDGER_REFUSAL, LedgerChat, PlainChat
 from penstock.errors import ModelLoadError
 from penstock.folder import model_folder, read_json
 from penstock.tokenizer import Tokenizer
@@ -77,7 +77,10 @@ def open_chat(model: str, tokenizer: Tokenizer) -> ChatEncoder:
     """The model's encoder. Raises `ModelLoadError`, also if the examples of its encoding that the
     model folder brings are not what the encoder writes.
     """
-    return _ENCODERS[encoding_of(model, tokenizer)](tokenizer, model_folder(model))
+    name, folder = encoding_of(model, tokenizer), model_folder(model)
+    chat = _ENCODERS[name](tokenizer, folder)
+    chat.refusal = _refusal(name, folder)
+    return chat
 
 
 def check_encoding(model: str) -> None:
@@ -90,6 +93,16 @@ def check_encoding(model: str) -> None:
 
 
 def _asked(folder: Path | None) -> str | None:
+    return _ours(folder, "chat")
+
+
+def _refusal(encoding: str, folder: Path | None) -> str | None:
+    """As config.json says (`"penstock": {"refusal": ...}`); `ledger` and the fake have one."""
+    own = LEDGER_REFUSAL if encoding == "ledger" or folder is None else None
+    return _ours(folder, "refusal") or own
+
+
+def _ours(folder: Path | None, key: str) -> str | None:
     ours = read_json(folder / "config.json").get("penstock", {}) if folder else {}
-    name = ours.get("chat") if isinstance(ours, dict) else None
-    return None if name is None else str(name)
+    value = ours.get(key) if isinstance(ours, dict) else None
+    return None if value is None else str(value)

@@ -74,6 +74,9 @@ class Encoded:
 
 
 class ChatEncoder(Protocol):
+    refusal: str | None
+    """What the model says where the prompt has no answer; None if that is not known."""
+
     @property
     def start_ids(self) -> tuple[int, ...]:
         """What a bare text prompt of this model begins with."""
@@ -99,6 +102,7 @@ class SegmentEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._cache = _SegmentCache()
+        self.refusal: str | None = None
 
     def encode_segments(
         self, segments: Iterable[Segment], scope: bytes

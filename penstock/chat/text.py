@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from penstock.chat.encoder import Segment, TextChat
 from penstock.chat.messages import Message
 
+LEDGER_REFUSAL = "UNKNOWN"
+
 
 class PlainChat(TextChat):
     """Role-tagged lines, for the fake and for models that bring no rule of their own."""

@@ -156,3 +156,31 @@ def test_a_resumed_answer_has_the_evidence_of_the_undisturbed_one(ledger: Cluste
     for cut in (1, 2, 3):
         rest = stream([*tokens, *(token for token, _ in whole[:cut])], 8 - cut)
         assert rest == whole[cut:]
+
+
+def test_strict_grounding_gives_the_models_answer_or_its_refusal(ledger: Cluster) -> None:
+    made = document(71, 1500, 8)
+    supported = withheld = 0
+    for n, question in enumerate(make_questions(made, 71, 6, 2)):
+        content = f"{made.text}\n\n{question.text}"
+        messages = [{"role": "user", "content": content}]
+        wishes: list[dict[str, Any]] = [{"max_tokens": 8}, {"max_tokens": 2}]
+        # Drawn at random, the model makes codes up.
+        wishes += [{"max_tokens": 8, "temperature": 2, "seed": 10 * n + k} for k in range(3)]
+        for wish in wishes:
+            free = ledger.chat(messages, **wish)
+            strict = ledger.chat(messages, **wish, grounding="strict")
+            told = strict.raw["choices"][0]["message"]["grounding"]
+            assert strict.completion_tokens == free.completion_tokens
+            if told["verdict"] == "withheld":
+                withheld += 1
+                assert strict.text == UNKNOWN
+                assert free.text.strip(" .") != question.answer
+            else:
+                assert strict.text == free.text
+            if told["verdict"] == "supported":
+                supported += 1
+                assert free.text.strip(" .") in made.text
+    print(f"{supported} supported, {withheld} withheld")
+    assert supported >= 5
+    assert withheld >= 5
