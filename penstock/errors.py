@@ -119,6 +119,13 @@ class IndexUnavailableError(UnavailableError):
     code = "index_unavailable"
 
 
+class ClusterAuthError(UnavailableError):
+    """A process of the cluster was refused by another. Never the fault of a client's request."""
+
+    code = "cluster_auth"
+    grpc_code = "UNAUTHENTICATED"
+
+
 class FingerprintMismatchError(UnavailableError):
     """The request was routed for another model, format or numerics than this worker serves."""
 
@@ -171,6 +178,7 @@ _BY_CODE: dict[str, type[PenstockError]] = {
         StoreUnavailableError,
         WorkerUnavailableError,
         IndexUnavailableError,
+        ClusterAuthError,
         FingerprintMismatchError,
         DeadlineError,
         CancelledError,
