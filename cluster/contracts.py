@@ -5,10 +5,9 @@ calls).
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
-from penstock.peers import ALONE, Peers
 from penstock.request import Event, Request
 
 
@@ -81,8 +80,6 @@ class Endpoint:
 
     url: str
     store_address: str
-    peers: Peers = field(default=ALONE, repr=False)
-    """How to call the store and the workers; holds the cluster's token."""
 
 
 class Launcher(Protocol):

@@ -81,6 +81,32 @@ class ModelNotFoundError(PenstockError):
     grpc_code = "NOT_FOUND"
 
 
+class NotFoundError(PenstockError):
+    """A job, file or item that is not there, or that belongs to another tenant."""
+
+    http_status = 404
+    openai_type = "invalid_request_error"
+    code = "not_found"
+    grpc_code = "NOT_FOUND"
+
+
+class ConflictError(PenstockError):
+    """It contradicts what is there already."""
+
+    http_status = 409
+    openai_type = "invalid_request_error"
+    code = "conflict"
+    grpc_code = "ALREADY_EXISTS"
+
+
+class LeaseLostError(PenstockError):
+    """Work was taken over by somebody else, or is not wanted any more; its result is dropped."""
+
+    http_status = 409
+    code = "lease_lost"
+    grpc_code = "ABORTED"
+
+
 class OverloadedError(PenstockError):
     """No credit now; the same request may succeed after `retry_after_s`."""
 
@@ -119,11 +145,8 @@ class IndexUnavailableError(UnavailableError):
     code = "index_unavailable"
 
 
-class ClusterAuthError(UnavailableError):
-    """A process of the cluster was refused by another. Never the fault of a client's request."""
-
-    code = "cluster_auth"
-    grpc_code = "UNAUTHENTICATED"
+class JournalUnavailableError(UnavailableError):
+    code = "journal_unavailable"
 
 
 class FingerprintMismatchError(UnavailableError):
@@ -172,13 +195,16 @@ _BY_CODE: dict[str, type[PenstockError]] = {
         AuthenticationError,
         PermissionDeniedError,
         ModelNotFoundError,
+        NotFoundError,
+        ConflictError,
+        LeaseLostError,
         OverloadedError,
         RateLimitError,
         UnavailableError,
         StoreUnavailableError,
         WorkerUnavailableError,
         IndexUnavailableError,
-        ClusterAuthError,
+        JournalUnavailableError,
         FingerprintMismatchError,
         DeadlineError,
         CancelledError,

@@ -15,7 +15,6 @@ from cluster.launchers.common import (
     require_free_port,
     start_store,
     wait_until_ready,
-    with_token,
     worker_spec,
 )
 from penstock.child import ChildProcess
@@ -31,7 +30,7 @@ class LocalLauncher:
     """Store node, workers and front as children. A worker or front that dies is started again."""
 
     def __init__(self, config: ClusterConfig) -> None:
-        self._config = with_token(config)
+        self._config = config
         self.store: ChildProcess | None = None
         self.workers: dict[str, ChildProcess] = {}
         self.front: ChildProcess | None = None
@@ -56,7 +55,7 @@ class LocalLauncher:
             child.await_ready(config.launcher.start_timeout_s)
         url = http_url(config)
         wait_until_ready(url, timeout_s=config.launcher.start_timeout_s, alive=self._check)
-        return Endpoint(url, store_address, config.tls)
+        return Endpoint(url, store_address)
 
     def _restartable(self) -> list[ChildProcess]:
         return [*self.workers.values(), *([self.front] if self.front else [])]

@@ -27,7 +27,6 @@ from cluster.launchers.common import (
     require_free_port,
     start_store,
     wait_until_ready,
-    with_token,
     worker_spec,
 )
 from penstock.child import ChildProcess
@@ -42,7 +41,7 @@ class RayLauncher:
     """
 
     def __init__(self, config: ClusterConfig) -> None:
-        self._config = with_token(config)
+        self._config = config
         self._store: ChildProcess | None = None
         self._ray_dir: Path | None = None
         self._janitor: subprocess.Popen[bytes] | None = None
@@ -56,7 +55,7 @@ class RayLauncher:
         self._deploy(store_address)
         url = http_url(config)
         wait_until_ready(url, timeout_s=config.launcher.start_timeout_s, alive=self._check)
-        return Endpoint(url, store_address, config.tls)
+        return Endpoint(url, store_address)
 
     def _start_ray(self) -> None:
         settings = self._config.launcher

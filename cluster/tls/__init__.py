@@ -1,1 +1,0 @@
-"""Certificates of a cluster: its own authority, its members, its front."""
