@@ -49,7 +49,16 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ps_route": (_P, _N, _N, _P, _P, _N, _F, _P, _P),
     "ps_experts": (_P, _N, _N, _P, _P, _N, _P, _N, _N, _N, _N, _F, _P),
 }
-_MAY_FAIL = {"ps_enter", "ps_head", "ps_attend", "ps_entry_mass", "ps_route", "ps_experts"}
+_MAY_FAIL = {
+    "ps_enter",
+    "ps_head",
+    "ps_attend",
+    "ps_entry_mass",
+    "ps_index_scores",
+    "ps_select",
+    "ps_route",
+    "ps_experts",
+}
 
 
 def _no_memory(result: int, *_: object) -> int:

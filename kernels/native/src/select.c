@@ -1,78 +1,242 @@
 /* Lightning indexer: scores of keys and the choice of the best (deepseek-v4.md 2.4). */
-#include "dots.h"
+#include "vec.h"
 
-typedef float v4 __attribute__((vector_size(16)));
+#define KEYS 32
+#define PANEL_FLOATS 4096
+
+#define PAIRS(a, b, low)                                                                        \
+    __builtin_shuffle(a, b, (i16){low, 16 + low, 1 + low, 17 + low, 4 + low, 20 + low, 5 + low, \
+                                  21 + low, 8 + low, 24 + low, 9 + low, 25 + low, 12 + low,     \
+                                  28 + low, 13 + low, 29 + low})
+#define FOURS(a, b, low)                                                                        \
+    __builtin_shuffle(a, b, (i16){low, 1 + low, 16 + low, 17 + low, 4 + low, 5 + low, 20 + low, \
+                                  21 + low, 8 + low, 9 + low, 24 + low, 25 + low, 12 + low,     \
+                                  13 + low, 28 + low, 29 + low})
+#define EIGHTS(a, b, low)                                                                       \
+    __builtin_shuffle(a, b, (i16){low, 1 + low, 2 + low, 3 + low, 8 + low, 9 + low, 10 + low,   \
+                                  11 + low, 16 + low, 17 + low, 18 + low, 19 + low, 24 + low,   \
+                                  25 + low, 26 + low, 27 + low})
+
+/* out[channel][16] of sixteen channels of sixteen keys; rows of out lie KEYS floats apart. */
+INLINE void turn16(const float *const key[16], int64_t at, float *out) {
+    v16 a[16], b[16];
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; j++) a[j] = ld(key[j] + at);
+    /* Lane group g of b[4 i + m] holds channel 4 g + m of keys 4 i .. 4 i + 3. */
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        v16 x = PAIRS(a[i], a[i + 1], 0), y = PAIRS(a[i + 2], a[i + 3], 0);
+        v16 z = PAIRS(a[i], a[i + 1], 2), w = PAIRS(a[i + 2], a[i + 3], 2);
+        b[i] = FOURS(x, y, 0), b[i + 1] = FOURS(x, y, 2);
+        b[i + 2] = FOURS(z, w, 0), b[i + 3] = FOURS(z, w, 2);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; m++) {
+        v16 x = EIGHTS(b[m], b[4 + m], 0), y = EIGHTS(b[8 + m], b[12 + m], 0);
+        v16 z = EIGHTS(b[m], b[4 + m], 4), w = EIGHTS(b[8 + m], b[12 + m], 4);
+        st(out + (0 + m) * KEYS, EIGHTS(x, y, 0)), st(out + (8 + m) * KEYS, EIGHTS(x, y, 4));
+        st(out + (4 + m) * KEYS, EIGHTS(z, w, 0)), st(out + (12 + m) * KEYS, EIGHTS(z, w, 4));
+    }
+}
+
+/* `keys` as [panel][c][KEYS]; rows beyond `most` repeat the last one. */
+static void turn_keys(const float *keys, int64_t first, int64_t count, int64_t most, int64_t c,
+                      float *out) {
+    for (int64_t e = 0; e < count; e += KEYS)
+        for (int half = 0; half < KEYS; half += 16) {
+            const float *key[16];
+            for (int j = 0; j < 16; j++) {
+                int64_t at = first + e + half + j;
+                key[j] = keys + (at < most ? at : most - 1) * c;
+            }
+            for (int64_t at = 0; at < c; at += 16)
+                turn16(key, at, out + e * c + at * KEYS + half);
+        }
+}
+
+/* total[2] += weight * relu(q . key) of `heads` heads in order, for the KEYS keys of a panel. */
+INLINE void score_tile(int heads, const float *q, const float *weight, const float *panel,
+                       int64_t c, v16 *total) {
+    v16 sum[8][2];
+#pragma GCC unroll 8
+    for (int h = 0; h < heads; h++) sum[h][0] = sum[h][1] = (v16){};
+    for (int64_t i = 0; i < c; i++) {
+        v16 a = ld(panel + i * KEYS), b = ld(panel + i * KEYS + 16);
+#pragma GCC unroll 8
+        for (int h = 0; h < heads; h++) {
+            v16 x = all(q[h * c + i]);
+            sum[h][0] = fma16(x, a, sum[h][0]);
+            sum[h][1] = fma16(x, b, sum[h][1]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int h = 0; h < heads; h++) {
+        v16 x = all(weight[h]);
+        total[0] = fma16(max16(sum[h][0], (v16){}), x, total[0]);
+        total[1] = fma16(max16(sum[h][1], (v16){}), x, total[1]);
+    }
+}
 
 /* score[r][e] = sum over heads in order of weight[r][h] * relu(q[r][h] . key[e]) for e below
- * round_up(visible[r], 4); c is a multiple of 16. */
-PUBLIC void ps_index_scores(const float *q, const float *weight, int64_t rows, int64_t heads,
-                            int64_t c, const float *keys, const int64_t *visible, float *score,
-                            int64_t ld_score) {
-    enum { BLOCK = 256 };
-    int64_t most = 0;
+ * visible[r]; each dot product is one chain over the channels. What lies beyond, up to ld_score, is
+ * undefined. c is a multiple of 16. 0, or -1 out of memory. */
+PUBLIC int ps_index_scores(const float *q, const float *weight, int64_t rows, int64_t heads,
+                           int64_t c, const float *keys, const int64_t *visible, float *score,
+                           int64_t ld_score) {
+    int64_t most = 0, block = PANEL_FLOATS / (KEYS * c) * KEYS;
+    if (block < KEYS) block = KEYS;
     for (int64_t r = 0; r < rows; r++) most = visible[r] > most ? visible[r] : most;
-    for (int64_t block = 0; block < most; block += BLOCK)
+    float *panels = ps_scratch(0, block * c);
+    if (!panels) return -1;
+    for (int64_t first = 0; first < most; first += block) {
+        int64_t count = first + block < most ? block : most - first;
+        turn_keys(keys, first, count, most, c, panels);
         for (int64_t r = 0; r < rows; r++) {
-            int64_t end = block + BLOCK < visible[r] ? block + BLOCK : visible[r];
-            for (int64_t e = block; e < end; e += 4) {
-                const float *key[4], *from[4];
-                for (int j = 0; j < 4; j++) key[j] = keys + (e + j) * c;
-                v4 total = {};
-                for (int64_t h = 0; h < heads; h += 4) {
-                    int64_t count = h + 4 < heads ? 4 : heads - h;
-                    for (int i = 0; i < 4; i++)
-                        from[i] = q + (r * heads + h + (i < count ? i : count - 1)) * c;
-                    union { v16 v; v4 row[4]; } found;
-                    found.v = max16(dots(from, key, c), (v16){});
-                    for (int64_t i = 0; i < count; i++)
-                        total += found.row[i] * weight[r * heads + h + i];
+            int64_t end = first + count < visible[r] ? first + count : visible[r];
+            for (int64_t e = first; e < end; e += KEYS) {
+                const float *from = q + r * heads * c, *w = weight + r * heads;
+                const float *panel = panels + (e - first) * c;
+                v16 total[2] = {};
+                int64_t h = 0;
+#define STEP(size)                                                                              \
+    for (; h + size <= heads; h += size) score_tile(size, from + h * c, w + h, panel, c, total);
+                STEP(8) STEP(4) STEP(2) STEP(1)
+#undef STEP
+                float *to = score + r * ld_score + e;
+                if (e + KEYS <= ld_score) {
+                    st(to, total[0]), st(to + 16, total[1]);
+                } else {
+                    float last[KEYS];
+                    st(last, total[0]), st(last + 16, total[1]);
+                    memcpy(to, last, (size_t)(ld_score - e) * 4);
                 }
-                memcpy(score + r * ld_score + e, &total, 16);
             }
         }
-}
-
-/* Order of floats as order of unsigned numbers; -0 counts as 0. */
-INLINE uint32_t rank_of(float x) {
-    union { float f; uint32_t u; } v = {x + 0.0f};
-    return v.u & 0x80000000u ? ~v.u : v.u | 0x80000000u;
-}
-
-/* The value of rank k (1 = largest) among n, by counting: 12, 10 and 10 bits at a time.
- * *left: how many of the equal ones belong to the k largest. */
-static uint32_t kth(const float *score, int64_t n, int64_t k, int64_t *left) {
-    static const int shift[] = {20, 10, 0}, width[] = {12, 10, 10};
-    uint32_t prefix = 0, mask = 0;
-    for (int turn = 0; turn < 3; turn++) {
-        uint32_t count[1 << 12] = {0}, bins = 1u << width[turn];
-        for (int64_t i = 0; i < n; i++) {
-            uint32_t x = rank_of(score[i]);
-            if ((x & mask) == prefix) count[x >> shift[turn] & (bins - 1)]++;
-        }
-        uint32_t bin = bins - 1;
-        while (count[bin] < k) k -= count[bin--];
-        prefix |= bin << shift[turn];
-        mask |= (bins - 1) << shift[turn];
     }
-    *left = k;
-    return prefix;
+    return 0;
+}
+
+/* Order of floats as order of signed numbers; -0 counts as 0. */
+INLINE i16 rank16(v16 x) {
+    i16 bits = (i16)(x + (v16){});
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF);
+}
+
+INLINE int any16(i16 mask) {
+    union { i16 v; int64_t half[8]; } x = {mask};
+    int64_t found = 0;
+    for (int i = 0; i < 8; i++) found |= x.half[i];
+    return found != 0;
+}
+
+/* Appends the lanes of `x` that are at least `edge`, and their places; returns the new count.
+ * Up to sixteen places behind it are written over. */
+INLINE int64_t append(int32_t *rank, int32_t *place, int64_t n, i16 x, i16 at, int32_t edge) {
+#if defined(__AVX512F__)
+    __mmask16 in = _mm512_cmpge_epi32_mask((__m512i)x, _mm512_set1_epi32(edge));
+    if (!in) return n;
+    _mm512_storeu_si512(rank + n, _mm512_maskz_compress_epi32(in, (__m512i)x));
+    _mm512_storeu_si512(place + n, _mm512_maskz_compress_epi32(in, (__m512i)at));
+    return n + __builtin_popcount(in);
+#else
+    i16 in = x >= edge;
+    if (!any16(in)) return n;
+    for (int j = 0; j < 16; j++)
+        if (in[j]) rank[n] = x[j], place[n++] = at[j];
+    return n;
+#endif
+}
+
+INLINE i16 ld_ranks(const int32_t *p) { return (i16)ld((const float *)p); }
+
+/* How many of n ranks are at least `edge`, which is above INT32_MIN; that fills the last vector. */
+static int64_t count_from(const int32_t *rank, int64_t n, int32_t edge) {
+    i16 sum = {};
+    int64_t found = 0;
+    for (int64_t i = 0; i < n; i += 16) sum -= ld_ranks(rank + i) >= edge;
+    for (int j = 0; j < 16; j++) found += sum[j];
+    return found;
+}
+
+/* Keeps the k best of n > k candidates, in order; equal ones: the first. Returns the least rank
+ * that a later candidate needs. There is room for a vector behind the candidates.
+ *
+ * The edge is found by halving the range of ranks: at most 32 counts, fewer as soon as one of them
+ * is k. */
+static int32_t keep_best(int32_t *rank, int32_t *place, int64_t n, int64_t k) {
+    i16 least = ld_ranks(rank), most = least;
+    for (int64_t i = 0; i + 16 <= n; i += 16) {
+        i16 x = ld_ranks(rank + i);
+        i16 under = x < least, over = x > most;
+        least = (x & under) | (least & ~under), most = (x & over) | (most & ~over);
+    }
+    int64_t low = rank[n - 1], high = low, used = 0;
+    for (int64_t i = n / 16 * 16; i < n; i++) {
+        low = rank[i] < low ? rank[i] : low;
+        high = rank[i] > high ? rank[i] : high;
+    }
+    for (int j = 0; j < 16 && j < n; j++) {
+        low = least[j] < low ? least[j] : low;
+        high = most[j] > high ? most[j] : high;
+    }
+    st((float *)(rank + n), (v16)((i16){} + INT32_MIN));
+    /* At least k are >= low, fewer than k are > high. */
+    while (low < high) {
+        int64_t middle = low + (high - low + 1) / 2;
+        int64_t found = count_from(rank, n, (int32_t)middle);
+        if (found >= k) low = middle;
+        else high = middle - 1;
+        if (found == k) break;
+    }
+    if (low < high) {
+        for (int64_t i = 0; i < n; i += 16)
+            used = append(rank, place, used, ld_ranks(rank + i), ld_ranks(place + i), (int32_t)low);
+        return (int32_t)low;
+    }
+    int64_t spare = k - (low < INT32_MAX ? count_from(rank, n, (int32_t)low + 1) : 0);
+    for (int64_t i = 0; i < n; i++) {
+        int32_t x = rank[i], where = place[i];
+        int tie = x == low, keep = x > low || (tie && spare > 0);
+        spare -= tie;
+        rank[used] = x, place[used] = where;
+        used += keep;
+    }
+    /* A later one that equals the k-th best loses to it. */
+    return (int32_t)(low < INT32_MAX ? low + 1 : low);
 }
 
 /* picked[r][k]: the k best of the first visible[r] scores, ascending, -1 in unused slots; equal
- * scores: the lower index wins (T15). */
-PUBLIC void ps_select(const float *score, int64_t ld_score, int64_t rows, const int64_t *visible,
-                      int64_t k, int64_t *picked) {
+ * scores: the lower index wins (T15). 0, or -1 out of memory.
+ *
+ * Every score is read once: those below the k-th best so far can never be chosen, the others are
+ * gathered, and cut back to k whenever there are twice as many. */
+PUBLIC int ps_select(const float *score, int64_t ld_score, int64_t rows, const int64_t *visible,
+                     int64_t k, int64_t *picked) {
+    int64_t room = 2 * k + 256;
+    int32_t *rank = (int32_t *)ps_scratch(0, 2 * (room + 32)), *place = rank + room + 32;
+    if (!rank) return -1;
     for (int64_t r = 0; r < rows; r++) {
         const float *s = score + r * ld_score;
-        int64_t *to = picked + r * k, seen = visible[r], used = 0, left = 0;
+        int64_t *to = picked + r * k, seen = visible[r], n = 0, i = 0;
         if (seen <= k) {
-            for (int64_t i = 0; i < k; i++) to[i] = i < seen ? i : -1;
+            for (i = 0; i < k; i++) to[i] = i < seen ? i : -1;
             continue;
         }
-        uint32_t edge = kth(s, seen, k, &left);
-        for (int64_t i = 0; i < seen && used < k; i++) {
-            uint32_t x = rank_of(s[i]);
-            if (x > edge || (x == edge && left-- > 0)) to[used++] = i;
+        int32_t edge = INT32_MIN;
+        for (; i + 16 <= seen; i += 16) {
+            n = append(rank, place, n, rank16(ld(s + i)), iota() + (int32_t)i, edge);
+            if (n > room) edge = keep_best(rank, place, n, k), n = k;
         }
+        if (i < seen) {
+            float last[16];
+            for (int j = 0; j < 16; j++) last[j] = -__builtin_inff();
+            memcpy(last, s + i, (size_t)(seen - i) * 4);
+            n = append(rank, place, n, rank16(ld(last)), iota() + (int32_t)i, edge);
+            /* Lanes that are no scores come last. */
+            while (n && place[n - 1] >= seen) n--;
+        }
+        if (n > k) keep_best(rank, place, n, k);
+        for (int64_t j = 0; j < k; j++) to[j] = place[j];
     }
+    return 0;
 }

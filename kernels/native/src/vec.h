@@ -29,8 +29,14 @@ INLINE i16 iota(void) { return (i16){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 1
 INLINE v16 pick(i16 mask, v16 yes, v16 no) {
     return (v16)(((i16)yes & mask) | ((i16)no & ~mask));
 }
+/* The second where one of them is no number: what the instruction does. */
+#if defined(__AVX512F__)
+INLINE v16 max16(v16 a, v16 b) { return (v16)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE v16 min16(v16 a, v16 b) { return (v16)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 INLINE v16 max16(v16 a, v16 b) { return pick(a > b, a, b); }
 INLINE v16 min16(v16 a, v16 b) { return pick(a < b, a, b); }
+#endif
 
 /* a * b + c, rounded once. */
 INLINE v16 fma16(v16 a, v16 b, v16 c) {
