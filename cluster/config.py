@@ -17,13 +17,16 @@ from pydantic import BaseModel, Field, model_validator
 
 from kvstore.config import StoreConfig
 from penstock.errors import UsageError
+from penstock.peers import Peers
 from penstock.settings import Section, Size, did_you_mean, validated
 from penstock.worker import ModelSpec, RankSpec
 
 ENV_PREFIX = "PENSTOCK_"
 # Read by rooms that start without this file.
 _ELSEWHERE = frozenset({"kernels"})
-SECRETS = frozenset({"front.api_key", "front.cluster_key", "kvstore.redis_url"})
+SECRETS = frozenset(
+    {"front.api_key", "front.cluster_key", "kvstore.redis_url", "tls.cluster_token"}
+)
 
 
 def is_loopback(host: str) -> bool:
@@ -174,6 +177,24 @@ class ClusterConfig(Section):
     kvstore: KvStoreSection = KvStoreSection()
     parallel: ParallelSection = ParallelSection()
     launcher: LauncherSection = LauncherSection()
+    tls: Peers = Peers()
+    """Between the cluster's own processes; the front's certificate is `front.tls_cert`."""
+
+    @model_validator(mode="after")
+    def _inside(self) -> Self:
+        where = {
+            "launcher.worker_host": self.launcher.worker_host,
+            "kvstore.listen": self.kvstore.listen.rpartition(":")[0],
+        }
+        for name, host in where.items():
+            guarded = self.tls.secure and self.tls.has_token
+            if not (is_loopback(host) or guarded or self.front.insecure):
+                raise ValueError(
+                    f"{name} {host} is reachable from other machines: give tls.ca, tls.cert, "
+                    "tls.key and tls.cluster_token_file (`penstock certs new` makes all four), or "
+                    "--insecure"
+                )
+        return self
 
     @property
     def served_name(self) -> str:

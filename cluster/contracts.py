@@ -5,9 +5,10 @@ calls).
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from penstock.peers import ALONE, Peers
 from penstock.request import Event, Request
 
 
@@ -80,6 +81,8 @@ class Endpoint:
 
     url: str
     store_address: str
+    peers: Peers = field(default=ALONE, repr=False)
+    """How to call the store and the workers; holds the cluster's token."""
 
 
 class Launcher(Protocol):

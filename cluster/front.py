@@ -10,13 +10,13 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-import grpc
 from pydantic import BaseModel, ConfigDict
 
 from cluster.config import ClusterConfig
 from cluster.flow import Flow
 from cluster.router import Router
 from cluster.workers import CallLimits, Hold, StoreNode, WorkerCalls, no_hold
+from penstock import transport
 from penstock.rpc import channel_options
 
 if TYPE_CHECKING:
@@ -35,16 +35,17 @@ class FrontSpec(BaseModel):
 def open_service(spec: FrontSpec, *, hold: Hold = no_hold) -> Flow:
     """Must run inside the event loop that will serve: gRPC channels belong to it."""
     front = spec.config.front
-    options = channel_options()
+    peers, options = spec.config.tls, channel_options()
     return Flow(
-        router=Router(grpc.aio.insecure_channel(spec.store_address, options=options)),
+        router=Router(transport.open_channel(peers, spec.store_address, options)),
         calls=WorkerCalls(
             CallLimits(
                 request_timeout_s=front.request_timeout_s,
                 admission_timeout_s=front.admission_timeout_s,
-            )
+            ),
+            peers,
         ),
-        store=StoreNode(grpc.aio.insecure_channel(spec.store_address, options=options)),
+        store=StoreNode(transport.open_channel(peers, spec.store_address, options)),
         served_name=spec.config.served_name,
         hold=hold,
     )

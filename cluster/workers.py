@@ -12,7 +12,9 @@ import grpc
 
 from cluster.contracts import WorkerView
 from cluster.policy import Route
+from penstock import transport
 from penstock.errors import StoreUnavailableError
+from penstock.peers import ALONE, Peers
 from penstock.request import EvidenceSpan, Progress, Request, TokenChunk
 from penstock.rpc import channel_options, error_from_rpc
 from protos.penstock.kv.v1 import kv_pb2, kv_pb2_grpc
@@ -49,14 +51,15 @@ class DecodeFinished:
 class WorkerCalls:
     """One channel a worker address, kept while the front lives."""
 
-    def __init__(self, limits: CallLimits) -> None:
+    def __init__(self, limits: CallLimits, peers: Peers = ALONE) -> None:
         self._limits = limits
+        self._peers = peers
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         channel = self._channels.get(address)
         if channel is None:
-            channel = grpc.aio.insecure_channel(address, options=channel_options())
+            channel = transport.open_channel(self._peers, address, channel_options())
             self._channels[address] = channel
         return channel
 

@@ -62,8 +62,9 @@ async def open_worker(spec: WorkerSpec, start: RankStarter = ChildRank) -> Decod
         fingerprint=engine.info.fingerprint,
         layout=engine.info.layout,
         index=spec.index_url,
+        peers=spec.peers,
     )
-    directory = DirectoryClient(spec.store_address)
+    directory = DirectoryClient(spec.store_address, peers=spec.peers)
     return DecodeWorker(
         spec,
         engine,

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import uvloop
 from pydantic import ValidationError
 
-from kvstore.config import StoreConfig
+from kvstore.config import StoreConfig, StoreSpec
 from kvstore.server import start_server
 from penstock.errors import PenstockError, UsageError
+from penstock.peers import Peers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,13 +24,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.config_stdin:
-            config = StoreConfig.model_validate_json(_first_line())
+            config = StoreSpec.model_validate_json(_first_line())
         else:
-            config = StoreConfig(
+            config = StoreSpec(
                 listen=options.listen,
                 memory_bytes=options.memory,
                 redis_url=options.redis_url,
                 node_id=options.node_id,
+                peers=Peers(
+                    ca=options.tls_ca,
+                    cert=options.tls_cert,
+                    key=options.tls_key,
+                    cluster_token_file=options.cluster_token_file,
+                ),
             )
     except ValidationError as error:
         first = error.errors()[0]
@@ -53,6 +60,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--redis-url", default=None, help="index in Redis instead of in the node")
     parser.add_argument("--node-id", default="", help="name in the index; default: a random one")
+    for name, what in (
+        ("ca", "the cluster's authority, PEM"),
+        ("cert", "this node's certificate, PEM"),
+        ("key", "its private key, PEM"),
+    ):
+        parser.add_argument(f"--tls-{name}", default=_setting(f"TLS__{name}"), help=what)
+    parser.add_argument(
+        "--cluster-token-file",
+        default=_setting("TLS__CLUSTER_TOKEN_FILE"),
+        help="file with the secret that every call must carry",
+    )
     parser.add_argument(
         "--config-stdin",
         action="store_true",
@@ -64,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _setting(name: str) -> str | None:
+    return os.environ.get(f"PENSTOCK_{name.upper()}") or None
+
+
 def _first_line() -> str:
     # Unbuffered: what follows belongs to the parent's leash.
     line = bytearray()
@@ -72,14 +94,14 @@ def _first_line() -> str:
     return line.decode(errors="replace")
 
 
-async def _serve(config: StoreConfig, *, exit_with_parent: bool) -> None:
+async def _serve(config: StoreSpec, *, exit_with_parent: bool) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if exit_with_parent:
         threading.Thread(target=_watch_parent, args=(loop, stop), daemon=True).start()
-    server = await start_server(config)
+    server = await start_server(config, config.peers)
     print(f"ready {server.address}", flush=True)
     await stop.wait()
     await server.stop()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import grpc
 
+from penstock import transport
+from penstock.peers import ALONE, Peers
+
 MAX_MESSAGE_BYTES = 8 << 20
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
+def open_channel(address: str, peers: Peers = ALONE) -> grpc.aio.Channel:
     """A channel with a connection of its own, quick to find a node that has restarted."""
-    return grpc.aio.insecure_channel(
+    return transport.open_channel(
+        peers,
         address,
-        options=[
+        [
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             ("grpc.use_local_subchannel_pool", 1),

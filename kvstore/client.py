@@ -28,6 +28,7 @@ from penstock.errors import (
     StoreUnavailableError,
     from_code,
 )
+from penstock.peers import ALONE, Peers
 from protos.penstock.kv.v1 import kv_pb2
 
 _SERVICE = "/penstock.kv.v1.KvStore/"
@@ -54,6 +55,7 @@ class StoreClient:
         layout: CacheLayout,
         index: Index | str | None = None,
         call_timeout_s: float = 5.0,
+        peers: Peers = ALONE,
     ) -> None:
         """`index`: a Redis URL (opened and closed here), an `Index` that the caller closes, or None
         to ask the node. `call_timeout_s`: deadline of short calls and longest silence in `get`.
@@ -70,8 +72,8 @@ class StoreClient:
         self.integrity_failures = 0
         """Objects that this client refused since it was made."""
         # Bulk data on a connection of its own: a lookup never queues behind megabytes.
-        self._control = open_channel(address)
-        self._bulk = open_channel(address)
+        self._control = open_channel(address, peers)
+        self._bulk = open_channel(address, peers)
         self._put_call = self._bulk.stream_stream(_SERVICE + "Put")
         self._get_call = self._bulk.unary_stream(_SERVICE + "Get")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from penstock.peers import ALONE, Peers
+
 MAX_IDS_PER_CALL = 65_536
 """Most ids in one Has, Get or Lease: 16 million tokens' blocks, about 2.2 MiB on the wire."""
 
@@ -64,3 +66,9 @@ class StoreConfig(BaseModel):
                 f"({self.max_message_bytes})"
             )
         return self
+
+
+class StoreSpec(StoreConfig):
+    """All that a store process is told by its launcher."""
+
+    peers: Peers = ALONE

@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from kvstore.channel import open_channel
 from kvstore.rpc import error_from
 from penstock.errors import PenstockError, StoreUnavailableError
+from penstock.peers import ALONE, Peers
 from protos.penstock.kv.v1 import kv_pb2
 
 _SERVICE = "/penstock.kv.v1.Directory/"
@@ -23,10 +24,10 @@ Response = TypeVar("Response", bound=Message)
 class DirectoryClient:
     """The directory at one store node. Belongs to one event loop; `close` may be called again."""
 
-    def __init__(self, address: str, *, call_timeout_s: float = 2.0) -> None:
+    def __init__(self, address: str, *, call_timeout_s: float = 2.0, peers: Peers = ALONE) -> None:
         self.address = address
         self._timeout_s = call_timeout_s
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, peers)
         self._closed = False
 
     async def register(self, worker: kv_pb2.Worker, *, ttl_s: float) -> int:

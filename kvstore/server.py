@@ -17,7 +17,9 @@ from kvstore.contracts import Index
 from kvstore.index.embedded import EmbeddedIndex
 from kvstore.index.redis import RedisIndex
 from kvstore.node import StoreNode
+from penstock import transport
 from penstock.errors import IndexUnavailableError, UsageError
+from penstock.peers import ALONE, Peers
 
 _STOP_GRACE_S = 1.0
 
@@ -55,12 +57,13 @@ class StoreServer:
         await self._index.close()
 
 
-async def start_server(config: StoreConfig) -> StoreServer:
-    """A node that serves on `.address` (its real port).
+async def start_server(config: StoreConfig, peers: Peers = ALONE) -> StoreServer:
+    """A node that serves on `.address` (its real port) those that `peers` admits.
 
-    Raises UsageError for an address that cannot be bound, IndexUnavailableError for a Redis that
-    does not answer.
+    Raises UsageError for an address that cannot be bound or unreadable certificates,
+    IndexUnavailableError for a Redis that does not answer.
     """
+    gates = transport.gates(peers)
     node_id = config.node_id or f"node-{uuid.uuid4().hex[:12]}"
     index = open_index(config)
     node = StoreNode(config, node_id=node_id, index=index)
@@ -68,7 +71,9 @@ async def start_server(config: StoreConfig) -> StoreServer:
         clock=time.monotonic, max_workers=config.max_workers, max_ttl_s=config.max_worker_ttl_s
     )
     server = grpc.aio.server(
-        maximum_concurrent_rpcs=config.max_concurrent_calls, options=_options(config)
+        maximum_concurrent_rpcs=config.max_concurrent_calls,
+        options=_options(config),
+        interceptors=gates,
     )
     server.add_generic_rpc_handlers(
         (
@@ -78,7 +83,7 @@ async def start_server(config: StoreConfig) -> StoreServer:
     )
     running: StoreServer | None = None
     try:
-        running = StoreServer(node, index, server, _bind(server, config.listen))
+        running = StoreServer(node, index, server, _bind(server, config.listen, peers))
         await running.start()
     except (UsageError, IndexUnavailableError):
         await server.stop(None)
@@ -93,13 +98,13 @@ def open_index(config: StoreConfig) -> Index:
     return RedisIndex(config.redis_url, entry_ttl_s=config.index_entry_ttl_s)
 
 
-def _bind(server: Any, listen: str) -> str:
+def _bind(server: Any, listen: str, peers: Peers) -> str:
     """The address in use, with the real port."""
     host, colon, port = listen.rpartition(":")
     if not colon or not host or not port.isdigit():
         raise UsageError(f"the store cannot listen on {listen!r}: it must be HOST:PORT")
     try:
-        bound = server.add_insecure_port(listen)
+        bound = transport.bind(peers, server, listen)
     except RuntimeError as error:
         raise UsageError(f"the store cannot listen on {listen}: is the port taken?") from error
     return f"{host}:{bound}"

@@ -145,6 +145,13 @@ class IndexUnavailableError(UnavailableError):
     code = "index_unavailable"
 
 
+class ClusterAuthError(UnavailableError):
+    """A process of the cluster was refused by another. Never the fault of a client's request."""
+
+    code = "cluster_auth"
+    grpc_code = "UNAUTHENTICATED"
+
+
 class JournalUnavailableError(UnavailableError):
     code = "journal_unavailable"
 
@@ -205,6 +212,7 @@ _BY_CODE: dict[str, type[PenstockError]] = {
         WorkerUnavailableError,
         IndexUnavailableError,
         JournalUnavailableError,
+        ClusterAuthError,
         FingerprintMismatchError,
         DeadlineError,
         CancelledError,

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
+from penstock import transport
 from penstock.errors import (
     DeadlineError,
     FingerprintMismatchError,
@@ -29,6 +30,7 @@ from penstock.errors import (
     WorkerUnavailableError,
     from_code,
 )
+from penstock.peers import ALONE, Peers
 from penstock.worker import WorkerSpec
 from protos.penstock.kv.v1 import kv_pb2
 
@@ -152,13 +154,22 @@ class WorkerServer:
     """One gRPC server with a health service, on a port of its own. `stop` may be called again."""
 
     def __init__(
-        self, service: str, methods: dict[str, Any], *, host: str, max_concurrent_calls: int
+        self,
+        service: str,
+        methods: dict[str, Any],
+        *,
+        host: str,
+        max_concurrent_calls: int,
+        peers: Peers = ALONE,
     ) -> None:
         self._service = service
         self._host = host
+        self._peers = peers
         self._health: Any = health.HealthServicer()
         self._server = grpc.aio.server(
-            options=server_options(), maximum_concurrent_rpcs=max_concurrent_calls
+            options=server_options(),
+            maximum_concurrent_rpcs=max_concurrent_calls,
+            interceptors=transport.gates(peers),
         )
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(service, methods),)
@@ -169,7 +180,7 @@ class WorkerServer:
         """The address that others can call. Raises UsageError if the host cannot be bound."""
         bracketed = f"[{self._host}]" if ":" in self._host else self._host
         try:
-            port = self._server.add_insecure_port(f"{bracketed}:0")
+            port = transport.bind(self._peers, self._server, f"{bracketed}:0")
         except RuntimeError as error:
             raise UsageError(f"a worker cannot listen on {self._host}: {error}") from error
         await self._server.start()
@@ -239,6 +250,7 @@ class WorkerHost:
             self._methods,
             host=spec.listen_host,
             max_concurrent_calls=spec.max_running + spec.max_queued + _SPARE_CALLS,
+            peers=spec.peers,
         )
         self.address = await self._server.start()
         if self._registry is not None:

@@ -92,7 +92,8 @@ def validated(section: type[S], values: Mapping[str, Any], origin: Mapping[str, 
             hint = did_you_mean(path[-1], known)
             raise UsageError(f"unknown setting '{name}'{place}{hint}", param=name) from None
         message = first["msg"].removeprefix("Value error, ")
-        given = first.get("input")
+        # A secret must not come back on a terminal or in a log.
+        given = None if _secret(section, path) else first.get("input")
         shown = f", not {given!r}" if isinstance(given, str | int | float | bool) else ""
         if first["type"] == "value_error":
             shown = ""
@@ -104,6 +105,19 @@ def _upwards(name: str) -> Iterable[str]:
     while name:
         yield name
         name = name.rpartition(".")[0]
+
+
+def _secret(section: type[BaseModel], path: list[str]) -> bool:
+    """Whether the setting asks not to be shown."""
+    known: Any = section
+    for part in path:
+        field = getattr(known, "model_fields", {}).get(part)
+        if field is None:
+            return False
+        if not field.repr:
+            return True
+        known = field.annotation
+    return False
 
 
 def _fields(section: type[BaseModel], path: list[str]) -> list[str]:

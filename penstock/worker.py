@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from penstock.peers import ALONE, Peers
+
 MOST_DRAFT_TOKENS = 16
 
 
@@ -80,6 +82,8 @@ class WorkerSpec(BaseModel):
     index_url: str | None = None
     """Redis URL of the index, or None for the store node's own."""
     listen_host: str = "127.0.0.1"
+    peers: Peers = ALONE
+    """What this worker shows to store and front, and asks of who calls it."""
     ranks: RankSpec = RankSpec()
     heartbeat_s: float = Field(default=1.0, gt=0)
     directory_ttl_s: float = Field(default=5.0, gt=0)

@@ -54,8 +54,9 @@ async def open_worker(spec: WorkerSpec, start: RankStarter = ChildRank) -> Prefi
         fingerprint=engine.info.fingerprint,
         layout=engine.info.layout,
         index=spec.index_url,
+        peers=spec.peers,
     )
-    directory = DirectoryClient(spec.store_address)
+    directory = DirectoryClient(spec.store_address, peers=spec.peers)
     return PrefillWorker(
         spec, engine, store, directory, close_with=(store.close, directory.close), owns_engine=True
     )

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import ask, bench, config, demo, doctor, keys, logits, serve
+from cluster.cli import ask, bench, certs, config, demo, doctor, keys, logits, serve
 from penstock.errors import PenstockError, UsageError
 
 _DEBUG = "--debug"
@@ -35,6 +35,7 @@ def build() -> typer.Typer:
     bench.register(app)
     config.register(app)
     keys.register(app)
+    certs.register(app)
     return app
 
 

@@ -128,9 +128,12 @@ def serve(
         from cluster.auth.keys import read_keys
 
         read_keys(Path(keys_file))
-    for name in (resolved.config.front.tls_cert, resolved.config.front.tls_key):
-        if name is not None and not Path(name).is_file():
-            raise UsageError(f"there is no TLS file '{name}'; check --tls-cert and --tls-key")
+    front = resolved.config.front
+    if front.tls_cert is not None and front.tls_key is not None:
+        from penstock.peers import check_pair
+
+        check_pair(front.tls_cert, front.tls_key, "--tls-cert", "--tls-key")
+    resolved.config.tls.check()
     from cluster.launch import run
 
     return run(resolved.config)

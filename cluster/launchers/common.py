@@ -5,6 +5,7 @@ is ready.
 from __future__ import annotations
 
 import random
+import secrets
 import socket
 import ssl
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable
 
 from cluster.config import ClusterConfig
 from cluster.front import FrontSpec
+from kvstore.config import StoreSpec
 from penstock.child import ChildProcess
 from penstock.errors import PenstockError, UnavailableError
 from penstock.worker import WorkerSpec
@@ -60,6 +62,18 @@ def free_port(host: str = "127.0.0.1") -> int:
     raise UnavailableError(f"found no free port of {host} among {_PORTS.start} to {_PORTS.stop}")
 
 
+def with_token(config: ClusterConfig) -> ClusterConfig:
+    """`config` with a cluster token of its own if it names none.
+
+    Loopback is open to every user of a machine, and who may write to the store could put another's
+    bytes under any id. A store that runs already has the token that it was started with.
+    """
+    if config.tls.has_token or config.launcher.store_address is not None:
+        return config
+    drawn = config.tls.model_copy(update={"cluster_token": secrets.token_urlsafe(32)})
+    return config.model_copy(update={"tls": drawn})
+
+
 def start_store(config: ClusterConfig) -> tuple[ChildProcess | None, str]:
     """The store node (None if the configuration names one that runs already) and its address."""
     store = config.kvstore
@@ -69,7 +83,7 @@ def start_store(config: ClusterConfig) -> tuple[ChildProcess | None, str]:
         "kvstore",
         "kvstore",
         ["--config-stdin", "--exit-with-parent"],
-        first_line=store.model_dump_json(),
+        first_line=StoreSpec(**store.model_dump(), peers=config.tls).model_dump_json(),
     )
     try:
         child.spawn()
@@ -90,6 +104,7 @@ def worker_spec(
         store_address=store_address,
         index_url=config.kvstore.redis_url,
         listen_host=config.launcher.worker_host,
+        peers=config.tls,
         ranks=config.parallel.of_role(role),
         chunk_tokens=config.prefill.chunk_tokens,
         max_running=pool.max_running,

@@ -15,6 +15,7 @@ from cluster.launchers.common import (
     require_free_port,
     start_store,
     wait_until_ready,
+    with_token,
     worker_spec,
 )
 from penstock.child import ChildProcess
@@ -30,7 +31,7 @@ class LocalLauncher:
     """Store node, workers and front as children. A worker or front that dies is started again."""
 
     def __init__(self, config: ClusterConfig) -> None:
-        self._config = config
+        self._config = with_token(config)
         self.store: ChildProcess | None = None
         self.workers: dict[str, ChildProcess] = {}
         self.front: ChildProcess | None = None
@@ -55,7 +56,7 @@ class LocalLauncher:
             child.await_ready(config.launcher.start_timeout_s)
         url = http_url(config)
         wait_until_ready(url, timeout_s=config.launcher.start_timeout_s, alive=self._check)
-        return Endpoint(url, store_address)
+        return Endpoint(url, store_address, config.tls)
 
     def _restartable(self) -> list[ChildProcess]:
         return [*self.workers.values(), *([self.front] if self.front else [])]

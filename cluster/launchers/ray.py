@@ -27,6 +27,7 @@ from cluster.launchers.common import (
     require_free_port,
     start_store,
     wait_until_ready,
+    with_token,
     worker_spec,
 )
 from penstock.child import ChildProcess
@@ -41,7 +42,7 @@ class RayLauncher:
     """
 
     def __init__(self, config: ClusterConfig) -> None:
-        self._config = config
+        self._config = with_token(config)
         self._store: ChildProcess | None = None
         self._ray_dir: Path | None = None
         self._janitor: subprocess.Popen[bytes] | None = None
@@ -55,7 +56,7 @@ class RayLauncher:
         self._deploy(store_address)
         url = http_url(config)
         wait_until_ready(url, timeout_s=config.launcher.start_timeout_s, alive=self._check)
-        return Endpoint(url, store_address)
+        return Endpoint(url, store_address, config.tls)
 
     def _start_ray(self) -> None:
         settings = self._config.launcher

@@ -1,1 +1,1 @@
-"""The journal: what may not be lost. Jobs, their items and results, uploaded files (ADR 0005)."""
+"""The journal: what may not be lost. Jobs, their items and results, uploaded files (ADR 0006)."""

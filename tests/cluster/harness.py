@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,6 +16,7 @@ from cluster.config import ClusterConfig, resolve
 from cluster.contracts import Launcher
 from cluster.launch import launcher_for
 from cluster.launchers.common import free_port
+from penstock.peers import PEER_NAME, TOKEN_KEY, Peers
 from protos.penstock.kv.v1 import kv_pb2, kv_pb2_grpc
 
 TIMEOUT_S = 120.0
@@ -28,6 +31,7 @@ class Cluster:
     store_address: str
     launcher: Launcher
     client: httpx.Client
+    peers: Peers
 
     def complete(self, prompt: list[int] | str, **fields: Any) -> Completion:
         body = {"model": self.config.served_name, "prompt": prompt, "temperature": 0} | fields
@@ -43,12 +47,32 @@ class Cluster:
         return _completion(answer.json())
 
     def stat(self) -> kv_pb2.StatResponse:
-        with grpc.insecure_channel(self.store_address) as channel:
-            return kv_pb2_grpc.KvStoreStub(channel).Stat(kv_pb2.StatRequest(), timeout=5)
+        with self.store() as (channel, signed):
+            stub = kv_pb2_grpc.KvStoreStub(channel)
+            return stub.Stat(kv_pb2.StatRequest(), timeout=5, metadata=signed)
+
+    @contextlib.contextmanager
+    def store(self) -> Iterator[tuple[grpc.Channel, list[tuple[str, str]]]]:
+        """A channel to the store node and the metadata that its calls need."""
+        token = self.peers.token()
+        signed = [] if token is None else [(TOKEN_KEY, token)]
+        if not self.peers.secure:
+            with grpc.insecure_channel(self.store_address) as channel:
+                yield channel, signed
+            return
+        ca, key, cert = (
+            Path(str(name)).read_bytes()
+            for name in (self.peers.ca, self.peers.key, self.peers.cert)
+        )
+        options = [("grpc.ssl_target_name_override", PEER_NAME)]
+        credentials = grpc.ssl_channel_credentials(ca, key, cert)
+        with grpc.secure_channel(self.store_address, credentials, options=options) as channel:
+            yield channel, signed
 
     def workers(self) -> list[kv_pb2.Worker]:
-        with grpc.insecure_channel(self.store_address) as channel:
-            answer = kv_pb2_grpc.DirectoryStub(channel).List(kv_pb2.ListRequest(), timeout=5)
+        with self.store() as (channel, signed):
+            stub = kv_pb2_grpc.DirectoryStub(channel)
+            answer = stub.List(kv_pb2.ListRequest(), timeout=5, metadata=signed)
             return list(answer.workers)
 
     def counter(self, role: str, name: str) -> float:
@@ -92,8 +116,12 @@ def _completion(answer: dict[str, Any]) -> Completion:
 
 
 @contextlib.contextmanager
-def cluster(model: str, *, launcher: str = "local", **settings: Any) -> Iterator[Cluster]:
-    """A ready cluster on a free port. `settings` are dotted names with `__` for the dot."""
+def cluster(
+    model: str, *, launcher: str = "local", trust: str | None = None, **settings: Any
+) -> Iterator[Cluster]:
+    """A ready cluster on a free port. `settings` are dotted names with `__` for the dot; `trust`
+    is the authority of an HTTPS front.
+    """
     flags = {name.replace("__", ".", 1): value for name, value in settings.items()}
     flags |= {"model.model": model, "launcher.kind": launcher}
     flags.setdefault("front.port", free_port())
@@ -101,7 +129,9 @@ def cluster(model: str, *, launcher: str = "local", **settings: Any) -> Iterator
     owner = launcher_for(config)
     try:
         endpoint = owner.start()
-        with httpx.Client(base_url=endpoint.url, timeout=TIMEOUT_S) as client:
-            yield Cluster(config, endpoint.url, endpoint.store_address, owner, client)
+        verify = ssl.create_default_context(cafile=trust) if trust is not None else True
+        with httpx.Client(base_url=endpoint.url, timeout=TIMEOUT_S, verify=verify) as client:
+            store = endpoint.store_address
+            yield Cluster(config, endpoint.url, store, owner, client, endpoint.peers)
     finally:
         owner.stop()

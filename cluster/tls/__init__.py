@@ -1,0 +1,1 @@
+"""Certificates of a cluster: its own authority, its members, its front."""
