@@ -48,8 +48,10 @@ proto: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. \
 		--mypy_out=. --mypy_grpc_out=. $(PROTOS)
 
-helm:
-	@echo "the Helm chart does not exist yet; see CHANGELOG.md" && exit 1
+# Schema and README from the product's configuration, then lint, render and validate.
+helm: setup
+	$(BIN)/python -m cluster.chart helm/penstock
+	$(BIN)/python -m pytest -q tests/helm
 
 docs:
 	@echo "the documentation is Markdown under docs/; there is nothing to build yet"

@@ -165,6 +165,12 @@ class LauncherSection(Section):
     """HOST:PORT of a store node that runs already; else one is started."""
     start_timeout_s: float = Field(default=180.0, gt=0)
     drain_timeout_s: float = Field(default=30.0, ge=0)
+    pool_resources: bool = False
+    """Each rank asks for one unit of the Ray resource `penstock_prefill` or `penstock_decode`, each
+    front for one of `penstock_front`: they run only on nodes that offer them.
+    """
+    ready_file: str | None = None
+    """File that holds a replica's process id for as long as the replica serves, for probes."""
 
 
 class ClusterConfig(Section):
@@ -235,18 +241,24 @@ def resolve(
     flags: Mapping[str, Any] | None = None,
     *,
     file: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Resolved:
-    """Joins the layers. `flags` maps dotted names to values; None means not given.
+    """Joins the layers. `flags` maps dotted names to values; None means not given. `settings` is
+    what a file would hold: the arguments of a Serve application (`cluster.serve_apps`).
 
     Raises `UsageError` in one sentence that names the setting and the layer it came from.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    layers = (_from_file(file), _from_env(os.environ if env is None else env))
+    layers = (
+        _from_file(file),
+        _from_sections(settings or {}, "settings"),
+        _from_env(os.environ if env is None else env),
+    )
     for layer in (*layers, [(n, v, "command line") for n, v in (flags or {}).items()]):
         for name, value, origin in layer:
-            if value is not None or origin.startswith("file"):
+            if value is not None or origin.startswith(("file", "settings")):
                 _put(values, name, value)
                 origins[name] = origin
     return Resolved(validated(ClusterConfig, values, origins), origins)
@@ -276,12 +288,16 @@ def _from_file(file: Path | None) -> _Layer:
         return
     if not isinstance(content, dict):
         raise UsageError(f"{file} must hold sections such as 'front:', not a {type(content)}")
+    yield from _from_sections(content, f"file {file}")
+
+
+def _from_sections(content: Mapping[str, Any], origin: str) -> _Layer:
     for section, fields in content.items():
-        _known_section(str(section), f"file {file}")
+        _known_section(str(section), origin)
         if not isinstance(fields, dict):
-            raise UsageError(f"section '{section}' of {file} must hold settings, one per line")
+            raise UsageError(f"section '{section}' ({origin}) must hold settings, one per line")
         for name, value in _flatten(fields):
-            yield f"{section}.{name}", value, f"file {file}"
+            yield f"{section}.{name}", value, origin
 
 
 def _from_env(env: Mapping[str, str]) -> _Layer:

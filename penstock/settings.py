@@ -50,7 +50,14 @@ def parse_size(value: Any) -> Any:
 Size = Annotated[
     int,
     BeforeValidator(parse_size),
-    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]}),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 0},
+                {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*([KMGTkmgt][Ii]?)?[Bb]?\s*$"},
+            ]
+        }
+    ),
 ]
 """A number of bytes; in text also `4GiB`, `512MiB`, `10GB`."""
 

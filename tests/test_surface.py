@@ -16,6 +16,7 @@ from google.protobuf.descriptor import FileDescriptor
 
 from cluster.api import create_app
 from cluster.api.fake_service import FakeService
+from cluster.chart.readme import rows_of
 from cluster.cli.main import build
 from cluster.config import ClusterConfig, FrontSection
 from penstock.telemetry import Telemetry
@@ -63,8 +64,14 @@ def messages() -> Iterator[str]:
                 yield f"proto {message.full_name}.{field.name} = {field.number}"
 
 
+def helm_values() -> Iterator[str]:
+    chart = Path(__file__).parents[1] / "helm/penstock/values.yaml"
+    for row in rows_of(chart.read_text()):
+        yield f"helm {row.name}"
+
+
 def test_the_surface_is_what_the_snapshot_lists() -> None:
-    now = sorted({*flags(), *endpoints(), *settings(), *messages()})
+    now = sorted({*flags(), *endpoints(), *settings(), *messages(), *helm_values()})
     if os.environ.get("PENSTOCK_UPDATE_SURFACE"):
         SNAPSHOT.write_text("\n".join(now) + "\n")
     before = SNAPSHOT.read_text().splitlines()

@@ -13,7 +13,19 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import ask, bench, certs, config, demo, doctor, keys, logits, serve
+from cluster.cli import (
+    ask,
+    bench,
+    certs,
+    config,
+    demo,
+    doctor,
+    fetch,
+    keys,
+    kvstore,
+    logits,
+    serve,
+)
 from penstock.errors import PenstockError, UsageError
 
 _DEBUG = "--debug"
@@ -30,7 +42,7 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     app.callback(help="Serves DeepSeek-V4-class models with million-token context.")(_root)
-    for group in (serve, demo, ask, logits, doctor):
+    for group in (serve, kvstore, fetch, demo, ask, logits, doctor):
         group.register(app)
     bench.register(app)
     config.register(app)

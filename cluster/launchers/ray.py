@@ -125,13 +125,13 @@ class RayLauncher:
 
     def _deploy(self, store_address: str) -> None:
         from ray import serve
-        from ray.serve.config import HTTPOptions, RequestRouterConfig
+        from ray.serve.config import HTTPOptions
 
+        from cluster import deployments
         from cluster.front import FrontReplica
-        from cluster.pools import MAX_HOLDS, DecodeReplica, PrefillReplica, TargetedRouter
+        from cluster.pools import DecodeReplica, PrefillReplica
 
         config = self._config
-        quiet = {"log_level": "WARNING", "enable_access_log": False}
         # Serve's own log goes to files in the Ray directory; its chatter is not the user's.
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
@@ -143,53 +143,22 @@ class RayLauncher:
                     ssl_keyfile=config.front.tls_key,
                 ),
                 proxy_location="HeadOnly",
-                logging_config=quiet,
+                logging_config=deployments.QUIET,
             )
         except RuntimeError as error:
             # Serve's report of its proxy is a traceback; its last line says what went wrong.
             cause = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
             raise UnavailableError(f"Ray Serve could not start its proxy: {cause}") from error
-        gpus = 1 if config.model.device == "cuda" else 0
-        ranks = {role: config.parallel.of_role(role).world for role in ("prefill", "decode")}
-        router: Any = RequestRouterConfig(request_router_class=cast(Any, TargetedRouter))
-        # Serve's decorator with a class as its first argument; its stubs know only the other form.
-        deployment_of = cast(Any, serve.deployment)
         # On one machine a model that fails to load fails again; elsewhere it may be one bad node.
         retries = 1 if config.launcher.ray_address is None else 20
         targets = []
-        for role, replica, replicas in (
-            ("prefill", PrefillReplica, config.prefill.replicas),
-            ("decode", DecodeReplica, config.decode.replicas),
-        ):
-            deployment = deployment_of(
-                replica,
-                name=role,
-                num_replicas=replicas,
-                max_ongoing_requests=MAX_HOLDS,
-                max_constructor_retry_count=retries,
-                health_check_period_s=2.0,
-                health_check_timeout_s=30.0,
-                graceful_shutdown_timeout_s=config.launcher.drain_timeout_s,
-                graceful_shutdown_wait_loop_s=0.2,
-                ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
-                **_bundles(ranks[role], gpus),
-                request_router_config=router,
-                logging_config=quiet,
-            )
+        for role, replica in (("prefill", PrefillReplica), ("decode", DecodeReplica)):
             spec = worker_spec(config, role=role, worker_id=role, store_address=store_address)
-            app = deployment.bind(spec.model_dump_json())
+            told = spec.model_dump_json()
+            app = deployments.pool(replica, told, role=role, config=config, retries=retries)
             targets.append(serve.RunTarget(app, name=role, route_prefix=None))
-        front = deployment_of(
-            serve.ingress()(FrontReplica),
-            name="front",
-            num_replicas=config.front.replicas,
-            max_ongoing_requests=config.front.max_streams,
-            graceful_shutdown_timeout_s=config.launcher.drain_timeout_s,
-            graceful_shutdown_wait_loop_s=0.2,
-            ray_actor_options={"num_cpus": 1},
-            logging_config=quiet,
-        )
-        app = front.bind(front_spec(config, store_address=store_address).model_dump_json())
+        told = front_spec(config, store_address=store_address).model_dump_json()
+        app = deployments.front(FrontReplica, told, config=config)
         targets.append(serve.RunTarget(app, name="front", route_prefix="/"))
         try:
             serve.run_many(targets)
@@ -234,14 +203,6 @@ class RayLauncher:
         if self._janitor is not None:
             self._janitor.communicate(b"done", timeout=5.0)
             self._janitor = None
-
-
-def _bundles(ranks: int, gpus: int) -> dict[str, Any]:
-    """A placement group with one bundle a rank; the replica itself takes the first."""
-    if ranks == 1:
-        return {}
-    bundle = {"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}
-    return {"placement_group_bundles": [bundle] * ranks, "placement_group_strategy": "PACK"}
 
 
 def _reports() -> list[str]:

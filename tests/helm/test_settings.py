@@ -1,0 +1,85 @@
+"""What the chart tells the product is what the product understands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from cluster import serve_apps
+from cluster.config import resolve
+from tests.helm import chart
+
+ROLES = ("prefill", "decode", "front")
+
+
+@pytest.mark.parametrize("values", chart.VALUES_FILES)
+def test_serve_understands_its_configuration(values: str) -> None:
+    told = ServeDeploySchema.model_validate(chart.serve_config(chart.render(values)))
+    assert [app.name for app in told.applications] == list(ROLES)
+    assert [app.route_prefix for app in told.applications] == [None, None, "/"]
+    assert told.http_options.port == 8000
+
+
+@pytest.mark.parametrize("values", chart.VALUES_FILES)
+def test_the_product_builds_every_application(values: str) -> None:
+    docs = chart.render(values)
+    for app in chart.serve_config(docs)["applications"]:
+        module, _, name = app["import_path"].partition(":")
+        assert module == serve_apps.__name__
+        built = getattr(serve_apps, name)(app["args"])._bound_deployment
+        group = chart.group(docs, app["name"])
+        print(app["name"], built.num_replicas, built.ray_actor_options)
+        assert built.num_replicas == group["replicas"], "a pod a replica"
+        assert_fits(built, group)
+
+
+def assert_fits(built: Any, group: dict[str, Any]) -> None:
+    """A pod of the group offers exactly what one replica asks for, ranks and all."""
+    bundles = built._replica_config.placement_group_bundles or [
+        {
+            "CPU": built.ray_actor_options["num_cpus"],
+            "GPU": built.ray_actor_options.get("num_gpus") or 0,
+            **built.ray_actor_options["resources"],
+        }
+    ]
+    asked: dict[str, float] = {}
+    for bundle in bundles:
+        for name, amount in bundle.items():
+            asked[name] = asked.get(name, 0) + amount
+    params = group["rayStartParams"]
+    own = yaml.safe_load(params["resources"].strip("'"))
+    offered = {"CPU": int(params["num-cpus"]), "GPU": int(params.get("num-gpus", 0)), **own}
+    assert {k: v for k, v in asked.items() if v} == {k: v for k, v in offered.items() if v}
+
+
+@pytest.mark.parametrize("values", chart.VALUES_FILES)
+def test_the_store_understands_its_configuration(values: str, tmp_path: Path) -> None:
+    docs = chart.render(values)
+    file = tmp_path / "config.yaml"
+    file.write_text(chart.one(docs, "ConfigMap", "-kvstore")["data"]["config.yaml"])
+    store = resolve(file=file, env={}).config.kvstore
+    port = chart.one(docs, "Service", "-kvstore")["spec"]["ports"][0]["port"]
+    assert store.listen == f"0.0.0.0:{port}"
+    limit = next(c for n, c in chart.containers(docs) if n.endswith("/kvstore"))
+    assert store.memory_bytes < size_bytes(limit["resources"]["limits"]["memory"])
+
+
+@pytest.mark.parametrize("values", chart.VALUES_FILES)
+def test_workers_and_fronts_call_the_store_where_it_is(values: str) -> None:
+    docs = chart.render(values)
+    service = chart.one(docs, "Service", "-kvstore")
+    store = chart.one(docs, "StatefulSet", "-kvstore")
+    assert store["spec"]["serviceName"] == service["metadata"]["name"]
+    name = store["metadata"]["name"]
+    for app in chart.serve_config(docs)["applications"]:
+        called = app["args"]["launcher"]["store_address"]
+        assert called == f"{name}-0.{service['metadata']['name']}.space.svc:7070"
+
+
+def size_bytes(quantity: str) -> int:
+    units = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+    return int(quantity[:-2]) * units[quantity[-2:]]
