@@ -143,6 +143,17 @@ class Head(Role):
     replicas: Literal[1]
 
 
+class CertManager(Block):
+    enabled: bool
+    issuer_ref: dict[str, str]
+
+
+class Tls(Block):
+    existing_secret: Name
+    token_secret: Name
+    cert_manager: CertManager
+
+
 class RedisBundled(Block):
     enabled: bool
     image: str = Field(pattern=r"^[^\s]+(:[^\s:]+)?(@sha256:[0-9a-f]{64})?$")
@@ -237,6 +248,7 @@ class Values(Block):
     decode: DecodePool
     front: Front
     kvstore: KvStore
+    tls: Tls
     redis: Redis
     ray: Ray
     ingress: Ingress

@@ -39,7 +39,11 @@ def kvstore(
         },
         file=config,
     )
-    return become(settings.config.kvstore.model_dump_json())
+    cluster = settings.config
+    cluster.tls.check()
+    from kvstore.config import StoreSpec
+
+    return become(StoreSpec(**cluster.kvstore.model_dump(), peers=cluster.tls).model_dump_json())
 
 
 def become(first_line: str) -> int:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import ssl
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from cryptography import x509
 from ray.serve.schema import ServeDeploySchema
 
 from cluster import serve_apps
 from cluster.config import resolve
+from penstock.peers import PEER_NAME, Peers
 from tests.helm import chart
 
 ROLES = ("prefill", "decode", "front")
@@ -25,8 +29,10 @@ def test_serve_understands_its_configuration(values: str) -> None:
 
 
 @pytest.mark.parametrize("values", chart.VALUES_FILES)
-def test_the_product_builds_every_application(values: str) -> None:
+def test_the_product_builds_every_application(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
     docs = chart.render(values)
+    # As on a pod: the worker listens where others can reach it.
+    monkeypatch.setenv("PENSTOCK_LAUNCHER__WORKER_HOST", "10.1.2.3")
     for app in chart.serve_config(docs)["applications"]:
         module, _, name = app["import_path"].partition(":")
         assert module == serve_apps.__name__
@@ -61,7 +67,10 @@ def test_the_store_understands_its_configuration(values: str, tmp_path: Path) ->
     docs = chart.render(values)
     file = tmp_path / "config.yaml"
     file.write_text(chart.one(docs, "ConfigMap", "-kvstore")["data"]["config.yaml"])
-    store = resolve(file=file, env={}).config.kvstore
+    config = resolve(file=file, env={}).config
+    assert config.tls.secure
+    assert config.tls.has_token
+    store = config.kvstore
     port = chart.one(docs, "Service", "-kvstore")["spec"]["ports"][0]["port"]
     assert store.listen == f"0.0.0.0:{port}"
     limit = next(c for n, c in chart.containers(docs) if n.endswith("/kvstore"))
@@ -83,3 +92,21 @@ def test_workers_and_fronts_call_the_store_where_it_is(values: str) -> None:
 def size_bytes(quantity: str) -> int:
     units = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
     return int(quantity[:-2]) * units[quantity[-2:]]
+
+
+def test_the_self_made_pair_is_one_that_the_product_takes(tmp_path: Path) -> None:
+    secret = chart.one(chart.render(), "Secret", "-tls")
+    for name, value in secret["data"].items():
+        (tmp_path / name).write_bytes(base64.b64decode(value))
+    (tmp_path / "cluster-token").write_text(
+        chart.one(chart.render(), "Secret", "-generated")["stringData"]["cluster-token"]
+    )
+    told = chart.serve_config(chart.render())["applications"][0]["args"]["tls"]
+    here = {k: v.replace("/etc/penstock/tls", str(tmp_path)) for k, v in told.items()}
+    peers = Peers(**here)
+    peers.check()
+    der = ssl.PEM_cert_to_DER_cert((tmp_path / "tls.crt").read_text())
+    names = x509.load_der_x509_certificate(der).extensions.get_extension_for_class(
+        x509.SubjectAlternativeName
+    )
+    assert names.value.get_values_for_type(x509.DNSName) == [PEER_NAME]

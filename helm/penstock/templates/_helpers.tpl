@@ -48,6 +48,21 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- .Values.ray.auth.existingSecret | default (printf "%s-ray" (include "penstock.fullname" .)) -}}
 {{- end -}}
 
+{{- define "penstock.tlsSecret" -}}
+{{- if and .Values.tls.existingSecret .Values.tls.certManager.enabled -}}
+{{- fail "tls: give existingSecret or certManager, not both" -}}
+{{- end -}}
+{{- .Values.tls.existingSecret | default (printf "%s-tls" (include "penstock.fullname" .)) -}}
+{{- end -}}
+
+{{/* The product's `tls` section. */}}
+{{- define "penstock.tlsSettings" -}}
+ca: /etc/penstock/tls/ca.crt
+cert: /etc/penstock/tls/tls.crt
+key: /etc/penstock/tls/tls.key
+cluster_token_file: /etc/penstock/tls/cluster-token
+{{- end -}}
+
 {{/* Whether the store's index is in Redis: "bundled", "external" or "". */}}
 {{- define "penstock.redis" -}}
 {{- $external := or .Values.redis.external.url .Values.redis.external.existingSecret -}}

@@ -165,6 +165,7 @@ readinessProbe:
 {{/* Files from Secrets: mounts and volumes have the same conditions in the same order. */}}
 {{- define "penstock.secretMounts" -}}
 {{- $root := index . 0 -}}{{- $name := index . 1 -}}
+- {name: tls, mountPath: /etc/penstock/tls, readOnly: true}
 {{- if $root.Values.redis.external.existingSecret }}
 - {name: redis, mountPath: /etc/penstock/redis, readOnly: true}
 {{- end }}
@@ -178,6 +179,16 @@ readinessProbe:
 
 {{- define "penstock.secretVolumes" -}}
 {{- $root := index . 0 -}}{{- $name := index . 1 -}}
+- name: tls
+  projected:
+    defaultMode: 0440
+    sources:
+      - secret:
+          name: {{ include "penstock.tlsSecret" $root }}
+          items: [{key: ca.crt, path: ca.crt}, {key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}]
+      - secret:
+          name: {{ $root.Values.tls.tokenSecret | default (include "penstock.secretName" $root) }}
+          items: [{key: cluster-token, path: cluster-token}]
 {{- if $root.Values.redis.external.existingSecret }}
 - name: redis
   secret:
