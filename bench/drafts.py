@@ -53,7 +53,7 @@ def read_counts(url: str, *, settle: bool = False) -> Counter[str]:
     """
     try:
         counts = _read(url)
-        if counts and settle:
+        if settle and any(counts.values()):
             time.sleep(SETTLE_S)
             counts = _read(url)
     except httpx.HTTPError:

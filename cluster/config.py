@@ -19,6 +19,7 @@ from kvstore.config import StoreConfig
 from penstock.errors import UsageError
 from penstock.peers import Peers
 from penstock.settings import Section, Size, did_you_mean, validated
+from penstock.telemetry_spec import TelemetrySpec
 from penstock.worker import ModelSpec, RankSpec
 
 ENV_PREFIX = "PENSTOCK_"
@@ -173,6 +174,10 @@ class LauncherSection(Section):
     """File that holds a replica's process id for as long as the replica serves, for probes."""
 
 
+class TelemetrySection(TelemetrySpec):
+    """Metrics, traces and logs; every process is told the same."""
+
+
 class ClusterConfig(Section):
     """All of it. Travels as JSON from the launcher to the processes."""
 
@@ -183,6 +188,7 @@ class ClusterConfig(Section):
     kvstore: KvStoreSection = KvStoreSection()
     parallel: ParallelSection = ParallelSection()
     launcher: LauncherSection = LauncherSection()
+    telemetry: TelemetrySection = TelemetrySection()
     tls: Peers = Peers()
     """Between the cluster's own processes; the front's certificate is `front.tls_cert`."""
 

@@ -72,6 +72,11 @@ class Service(Protocol):
     async def store_stat(self) -> dict[str, float]:
         """For `/metrics`: the store node's gauges and counters; {} if it cannot be reached."""
 
+    async def expositions(self) -> list[bytes | None]:
+        """For `/metrics`: what each worker and the store node tell about themselves, in Prometheus'
+        text format; None for one that does not answer in time.
+        """
+
     async def close(self) -> None: ...
 
 

@@ -148,6 +148,13 @@ class Flow:
         except UnavailableError:
             return {}
 
+    async def expositions(self) -> list[bytes | None]:
+        workers = await self._router.workers()
+        return [
+            *await self._calls.expositions(worker.address for worker in workers),
+            await self._store.exposition(),
+        ]
+
     async def close(self) -> None:
         await self._router.close()
         with contextlib.suppress(Exception):

@@ -18,6 +18,7 @@ from cluster.router import Router
 from cluster.workers import CallLimits, Hold, StoreNode, WorkerCalls, no_hold
 from penstock import transport
 from penstock.rpc import channel_options
+from penstock.telemetry.exporter import HttpExporter
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -51,6 +52,13 @@ def open_service(spec: FrontSpec, *, hold: Hold = no_hold) -> Flow:
     )
 
 
+def open_exporter(spec: FrontSpec, app: FastAPI) -> HttpExporter:
+    """The front's own metrics on a port of their own, if one is configured."""
+    exporter = HttpExporter(app.state.penstock.telemetry.meters, spec.config.telemetry)
+    exporter.start()
+    return exporter
+
+
 def build_app(spec: FrontSpec, service: Flow) -> FastAPI:
     from cluster.api import create_app
     from penstock.chat import open_chat
@@ -80,11 +88,13 @@ class FrontReplica:
         self._spec = FrontSpec.model_validate_json(spec_json)
         self._service = open_service(self._spec, hold=ServeHold())
         self._app = build_app(self._spec, self._service)
+        self._exporter = open_exporter(self._spec, self._app)
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
 
     async def __del__(self) -> None:
+        self._exporter.close()
         await self._service.close()
 
 
@@ -93,9 +103,11 @@ async def _serve(spec: FrontSpec) -> None:
 
     service = open_service(spec)
     front = spec.config.front
+    app = build_app(spec, service)
+    exporter = open_exporter(spec, app)
     server = uvicorn.Server(
         uvicorn.Config(
-            build_app(spec, service),
+            app,
             host=front.host,
             port=front.port,
             log_level="warning",
@@ -112,6 +124,7 @@ async def _serve(spec: FrontSpec) -> None:
     if server.started:
         print(f"ready {front.host}:{front.port}", flush=True)
     await serving
+    exporter.close()
     await service.close()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
@@ -17,8 +17,12 @@ from penstock.errors import StoreUnavailableError
 from penstock.peers import ALONE, Peers
 from penstock.request import EvidenceSpan, Progress, Request, TokenChunk
 from penstock.rpc import channel_options, error_from_rpc
+from penstock.telemetry.exporter import read_metrics
 from protos.penstock.kv.v1 import kv_pb2, kv_pb2_grpc
 from protos.penstock.worker.v1 import worker_pb2, worker_pb2_grpc
+
+_SCRAPE_TIMEOUT_S = 2.0
+_SCRAPES_AT_ONCE = 32
 
 Hold = Callable[[Route, str], AbstractAsyncContextManager[None]]
 """Keeps both workers of a route from being taken down while a request runs (Ray Serve only)."""
@@ -135,6 +139,16 @@ class WorkerCalls:
         finally:
             call.cancel()
 
+    async def expositions(self, addresses: Iterable[str]) -> list[bytes | None]:
+        """What the workers there tell about themselves; None for one that does not answer."""
+        places = asyncio.Semaphore(_SCRAPES_AT_ONCE)
+
+        async def read(address: str) -> bytes | None:
+            async with places:
+                return await read_metrics(self._channel(address), timeout_s=_SCRAPE_TIMEOUT_S)
+
+        return await asyncio.gather(*(read(address) for address in addresses))
+
     async def close(self) -> None:
         channels, self._channels = list(self._channels.values()), {}
         await asyncio.gather(*(c.close() for c in channels), return_exceptions=True)
@@ -180,6 +194,10 @@ class StoreNode:
             for field in answer.DESCRIPTOR.fields
             if field.type != field.TYPE_STRING
         }
+
+    async def exposition(self) -> bytes | None:
+        """Its metrics as Prometheus text; None if it does not answer."""
+        return await read_metrics(self._channel, timeout_s=_SCRAPE_TIMEOUT_S)
 
     async def close(self) -> None:
         await self._channel.close()

@@ -21,6 +21,8 @@ from decode.step import Outcome, Stepper
 from decode.stream import Drawn, Stream
 from model.engine import Engine
 from penstock.errors import PenstockError, WorkerUnavailableError
+from penstock.telemetry import catalog as M
+from penstock.telemetry.meters import NO_METER, Meter
 
 WORK_SLICE_S = 0.005
 """Other work in a turn, so that attaching a long prompt does not hold up the streams."""
@@ -49,8 +51,9 @@ class _Turn:
 class Batch:
     """Belongs to one event loop. `start` once, `stop` may be called again."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._stepper = Stepper(engine)
+    def __init__(self, engine: Engine, meter: Meter = NO_METER) -> None:
+        self._stepper = Stepper(engine, meter)
+        self._meter = meter
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode-model")
         self._work: deque[_Work] = deque()
         self._streams: list[Stream] = []
@@ -142,7 +145,9 @@ class Batch:
         turn = _Turn()
         self._do_work(turn, work_items)
         if streams:
+            begun = time.perf_counter()
             turn.outcomes = self._stepper.step(streams)
+            self._meter.observe(M.STEP_TIME, time.perf_counter() - begun)
         return turn
 
     def _do_work(self, turn: _Turn, most: int) -> None:
@@ -174,7 +179,10 @@ class Batch:
             self.drafts.add(len(outcome.drafts), outcome.accepted)
             if outcome.stream in self._streams:
                 self._hand_out(outcome)
-        self.steps += any(outcome.drawn for outcome in turn.outcomes)
+        drawn = sum(len(outcome.drawn) for outcome in turn.outcomes)
+        if drawn:
+            self.steps += 1
+            self._meter.observe(M.ITERATION_TOKENS, drawn)
 
     def _hand_out(self, outcome: Outcome) -> None:
         """Tokens up to the end of the answer, and the states that such an answer passes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -22,6 +23,8 @@ from model.engine import Engine
 from penstock.errors import DeadlineError, PenstockError
 from penstock.identity import Chain
 from penstock.request import Sampling, StopRule
+from penstock.telemetry import catalog as M
+from penstock.telemetry.meters import NO_METER, Meter
 
 FLUSH_BEFORE_END_S = 1.0
 """How long the end of a stream waits for the answer's last blocks, so that a next turn finds
@@ -75,6 +78,7 @@ class AnswerRunner:
     admission: Admission
     decode_bytes: DecodeBytes | None
     counters: Counter[str] = field(default_factory=Counter)
+    meter: Meter = NO_METER
     open_sequences: int = 0
     _cleanups: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -89,6 +93,7 @@ class AnswerRunner:
             self.admission.reserved(need, timeout_s=order.admission_timeout_s),
             self._held(order) as held,
         ):
+            self.meter.add(M.EVIDENCE_REQUESTS, order.wishes.evidence)
             await listener.granted(need)
             await self._attach(order, held.sequence)
             stream = held.join(Output(order.rule, self.engine.info.eos_token_ids, held.text))
@@ -104,6 +109,7 @@ class AnswerRunner:
         await asyncio.gather(*self._cleanups, return_exceptions=True)
 
     async def _attach(self, order: Order, sequence: HeldSequence) -> None:
+        begun = time.monotonic()
         try:
             async with asyncio.timeout(order.prefill_timeout_s):
                 await attach_prompt(
@@ -118,6 +124,7 @@ class AnswerRunner:
                 f"the prompt's state did not appear in the KV store within "
                 f"{order.prefill_timeout_s:.0f} s: prefill is slow, failed or never began"
             ) from error
+        self.meter.observe(M.ATTACH_TIME, time.monotonic() - begun)
         self.counters["decode_attached_tokens_total"] += order.prompt_tokens
 
     @asynccontextmanager

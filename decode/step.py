@@ -8,6 +8,7 @@ back to what stands (`decode.speculation`). What comes out is the same either wa
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,8 @@ from decode.stream import Drawn, Stream
 from model.engine import DraftRequest, Engine, Evidence, Logits, Segment
 from model.sampler import sample
 from penstock.errors import PenstockError
+from penstock.telemetry import catalog as M
+from penstock.telemetry.meters import NO_METER, Meter
 
 _DIGEST_BYTES = 8
 _log = logging.getLogger(__name__)
@@ -45,8 +48,9 @@ class Outcome:
 class Stepper:
     """Belongs to the engine's thread."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, meter: Meter = NO_METER) -> None:
         self._engine = engine
+        self._meter = meter
         self.absorbed_tokens = 0
         """By how far the engine's sequences advanced, as the engine itself counts."""
         self.fed_tokens = 0
@@ -132,9 +136,12 @@ class Stepper:
         stream = outcome.stream
         evidence: tuple[Evidence, ...] = ()
         if stream.wishes.evidence:
+            begun = time.perf_counter()
             if outcome.drafts:
                 self._engine.seek(stream.sequence, position)
             evidence = tuple(self._engine.evidence(stream.sequence))
+            self._meter.add(M.EVIDENCE_TIME, time.perf_counter() - begun)
+            self._meter.add(M.EVIDENCE_SPANS, len(evidence))
         digest = b""
         if stream.wishes.logits_digest:
             digest = blake3(row.cast("B")).digest()[:_DIGEST_BYTES]

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 from decode.admission import Admission, Need
 from decode.batch import Batch
@@ -35,6 +36,9 @@ from penstock.rpc import (
     reachable,
     unary_stream,
 )
+from penstock.telemetry import catalog as M
+from penstock.telemetry.meters import Meters
+from penstock.telemetry.workers import worker_meters
 from penstock.tokenizer import open_tokenizer
 from penstock.worker import WorkerSpec
 from protos.penstock.kv.v1 import kv_pb2
@@ -57,12 +61,14 @@ async def open_worker(spec: WorkerSpec, start: RankStarter = ChildRank) -> Decod
         tokenizer = await asyncio.to_thread(open_tokenizer, spec.model.model)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise ModelLoadError(f"the model '{spec.model.model}' cannot be opened: {error}") from error
+    meters = worker_meters("decode", spec.worker_id)
     store = StoreClient(
         spec.store_address,
         fingerprint=engine.info.fingerprint,
         layout=engine.info.layout,
         index=spec.index_url,
         peers=spec.peers,
+        meter=meters,
     )
     directory = DirectoryClient(spec.store_address, peers=spec.peers)
     return DecodeWorker(
@@ -73,6 +79,7 @@ async def open_worker(spec: WorkerSpec, start: RankStarter = ChildRank) -> Decod
         decode_bytes=None if tokenizer is None else tokenizer.decode_bytes,
         close_with=(store.close, directory.close),
         owns_engine=True,
+        meters=meters,
     )
 
 
@@ -93,17 +100,19 @@ class DecodeWorker:
         decode_bytes: DecodeBytes | None = None,
         close_with: Sequence[Callable[[], Awaitable[None]]] = (),
         owns_engine: bool = False,
+        meters: Meters | None = None,
     ) -> None:
         self.spec = spec
+        self.meters = meters or worker_meters("decode", spec.worker_id)
         self.counters: Counter[str] = Counter()
         self.admission = Admission(
             capacity_bytes=spec.kv_memory_bytes,
             max_running=spec.max_running,
             max_queued=spec.max_queued,
         )
-        self.batch = Batch(engine)
+        self.batch = Batch(engine, self.meters)
         self.runner = AnswerRunner(
-            engine, self.batch, store, self.admission, decode_bytes, self.counters
+            engine, self.batch, store, self.admission, decode_bytes, self.counters, self.meters
         )
         self._engine = engine
         self._host = WorkerHost(
@@ -112,7 +121,9 @@ class DecodeWorker:
             {"Generate": unary_stream(worker_pb2.GenerateRequest, self._generate)},
             describe=self.describe,
             registry=directory,
+            meters=self.meters,
         )
+        self._read_metrics()
         self._close_with = tuple(close_with)
         self._owns_engine = owns_engine
         self._stopped = False
@@ -192,6 +203,20 @@ class DecodeWorker:
         if self._engine.info.draft_tokens:
             values |= self.batch.drafts.metrics()
         return values
+
+    def _read_metrics(self) -> None:
+        batch, drafts, counters, meters = self.batch, self.batch.drafts, self.counters, self.meters
+        meters.read(M.DECODE_TOKENS, lambda: batch.generated_tokens)
+        meters.read(M.DECODE_STEPS, lambda: batch.steps)
+        meters.read(M.DECODE_PROMPT_COMPUTED, lambda: batch.unfed_tokens)
+        meters.read(M.DECODE_PAGES, lambda: self.admission.pages)
+        for metric in (M.DECODE_ATTACHED, M.DECODE_PUBLISH_FAILURES):
+            meters.read(metric, partial(counters.__getitem__, metric.name[len("worker_") :]))
+        meters.read(M.DRAFTS, lambda: drafts.drafts)
+        meters.read(M.DRAFT_TOKENS, lambda: drafts.draft_tokens)
+        meters.read(M.DRAFT_ACCEPTED, lambda: drafts.accepted_tokens)
+        for place, metric in enumerate(M.DRAFT_ACCEPTED_AT):
+            meters.read(metric, partial(drafts.accepted_at.__getitem__, place))
 
     async def _generate(self, request: worker_pb2.GenerateRequest, write: Write) -> None:
         """The RPC: one answer."""

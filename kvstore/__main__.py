@@ -17,6 +17,7 @@ from kvstore.config import StoreConfig, StoreSpec
 from kvstore.server import start_server
 from penstock.errors import PenstockError, UsageError
 from penstock.peers import Peers
+from penstock.telemetry_spec import QUIET, TelemetrySpec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     cert=options.tls_cert,
                     key=options.tls_key,
                     cluster_token_file=options.cluster_token_file,
+                ),
+                telemetry=TelemetrySpec(
+                    metrics_host=options.metrics_host, metrics_port=options.metrics_port
                 ),
             )
     except ValidationError as error:
@@ -72,6 +76,17 @@ def _parser() -> argparse.ArgumentParser:
         help="file with the secret that every call must carry",
     )
     parser.add_argument(
+        "--metrics-host",
+        default=_setting("TELEMETRY__METRICS_HOST") or QUIET.metrics_host,
+        help="where to serve GET /metrics",
+    )
+    parser.add_argument(
+        "--metrics-port",
+        type=int,
+        default=_setting("TELEMETRY__METRICS_PORT"),
+        help="serve GET /metrics there too; 0: a free port",
+    )
+    parser.add_argument(
         "--config-stdin",
         action="store_true",
         help="all settings as JSON on stdin's first line (a Redis URL may hold a password)",
@@ -101,7 +116,7 @@ async def _serve(config: StoreSpec, *, exit_with_parent: bool) -> None:
         loop.add_signal_handler(number, stop.set)
     if exit_with_parent:
         threading.Thread(target=_watch_parent, args=(loop, stop), daemon=True).start()
-    server = await start_server(config, config.peers)
+    server = await start_server(config, config.peers, config.telemetry)
     print(f"ready {server.address}", flush=True)
     await stop.wait()
     await server.stop()

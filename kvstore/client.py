@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -29,6 +30,8 @@ from penstock.errors import (
     from_code,
 )
 from penstock.peers import ALONE, Peers
+from penstock.telemetry import catalog as M
+from penstock.telemetry.meters import NO_METER, Meter
 from protos.penstock.kv.v1 import kv_pb2
 
 _SERVICE = "/penstock.kv.v1.KvStore/"
@@ -56,6 +59,7 @@ class StoreClient:
         index: Index | str | None = None,
         call_timeout_s: float = 5.0,
         peers: Peers = ALONE,
+        meter: Meter = NO_METER,
     ) -> None:
         """`index`: a Redis URL (opened and closed here), an `Index` that the caller closes, or None
         to ask the node. `call_timeout_s`: deadline of short calls and longest silence in `get`.
@@ -64,6 +68,7 @@ class StoreClient:
         self._fingerprint = fingerprint
         self._layout = layout
         self._timeout_s = call_timeout_s
+        self._meter = meter
         self._own_index = RedisIndex(index) if isinstance(index, str) else None
         self._index: Index | None = self._own_index or (None if isinstance(index, str) else index)
         self._largest_bytes = largest_object_bytes(layout)
@@ -82,6 +87,7 @@ class StoreClient:
         locations = await self._lookup(ids)
         found = [place is not None and place.epoch == self._epoch for place in locations]
         unknown = [place for place, known in enumerate(found) if not known]
+        self._meter.add(M.INDEX_LOOKUPS, answered_by="node" if unknown else "index")
         for start in range(0, len(unknown), MAX_IDS_PER_CALL):
             places = unknown[start : start + MAX_IDS_PER_CALL]
             request = kv_pb2.HasRequest(ids=[ids[place] for place in places])
@@ -110,6 +116,7 @@ class StoreClient:
         if not items:
             return []
         self._check_open()
+        begun = time.monotonic()
         size_bytes = sum(memoryview(item.payload).nbytes for item in items)
         call = self._put_call(timeout=self._timeout_s + size_bytes / _SLOWEST_BYTES_PER_S)
         answers = _PutAnswers(call, len(items))
@@ -137,6 +144,7 @@ class StoreClient:
             reading.cancel()
             call.cancel()
             await asyncio.gather(reading, return_exceptions=True)
+        self._transferred("put", len(items), size_bytes, time.monotonic() - begun)
         return answers.fresh
 
     async def get(
@@ -253,6 +261,7 @@ class StoreClient:
     async def _receive(self, call: Any, start: kv_pb2.GetStart) -> StoreObject | Missing:
         """One object's data; `Missing` if it is not what its id promises."""
         self._epoch = start.epoch
+        begun = time.monotonic()
         # A size that no object of ours can have is read past, not buffered.
         fits = start.size_bytes <= self._largest_bytes
         raw = bytearray(start.size_bytes if fits else 0)
@@ -270,6 +279,7 @@ class StoreClient:
                 raw[filled:end] = chunk
                 hasher.update(chunk)
             filled = end
+        self._transferred("get", 1, filled, time.monotonic() - begun)
         try:
             if not fits or hasher.digest() != start.digest:
                 raise BlockIntegrityError("an object's bytes do not match their BLAKE3 digest")
@@ -278,7 +288,13 @@ class StoreClient:
             )
         except BlockIntegrityError:
             self.integrity_failures += 1
+            self._meter.add(M.INTEGRITY_FAILURES)
             return Missing(start.id)
+
+    def _transferred(self, direction: str, count: int, size_bytes: int, seconds: float) -> None:
+        self._meter.add(M.TRANSFER_OBJECTS, count, direction=direction)
+        self._meter.add(M.TRANSFER_BYTES, size_bytes, direction=direction)
+        self._meter.observe(M.TRANSFER_TIME, seconds, direction=direction)
 
     def _parse_get(self, raw: bytes) -> kv_pb2.GetResponse:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from penstock.peers import ALONE, Peers
+from penstock.telemetry_spec import TelemetrySpec
 
 MAX_IDS_PER_CALL = 65_536
 """Most ids in one Has, Get or Lease: 16 million tokens' blocks, about 2.2 MiB on the wire."""
@@ -72,3 +73,4 @@ class StoreSpec(StoreConfig):
     """All that a store process is told by its launcher."""
 
     peers: Peers = ALONE
+    telemetry: TelemetrySpec = TelemetrySpec()

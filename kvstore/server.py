@@ -16,10 +16,13 @@ from kvstore.config import StoreConfig
 from kvstore.contracts import Index
 from kvstore.index.embedded import EmbeddedIndex
 from kvstore.index.redis import RedisIndex
+from kvstore.meters import store_meters
 from kvstore.node import StoreNode
 from penstock import transport
 from penstock.errors import IndexUnavailableError, UsageError
 from penstock.peers import ALONE, Peers
+from penstock.telemetry.exporter import HttpExporter, metrics_handler
+from penstock.telemetry_spec import QUIET, TelemetrySpec
 
 _STOP_GRACE_S = 1.0
 
@@ -27,11 +30,14 @@ _STOP_GRACE_S = 1.0
 class StoreServer:
     """One running node. Made by `start_server`; `stop` may be called again."""
 
-    def __init__(self, node: StoreNode, index: Index, server: Any, address: str) -> None:
+    def __init__(
+        self, node: StoreNode, index: Index, server: Any, address: str, exporter: HttpExporter
+    ) -> None:
         self.node = node
         self.address = address
         self._index = index
         self._server = server
+        self._exporter = exporter
         self._health: Any = health.HealthServicer()
         self._announcing: asyncio.Task[None] | None = None
 
@@ -45,9 +51,11 @@ class StoreServer:
         await self._server.start()
         for name in ("", service.SERVICE, directory.SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._exporter.start()
 
     async def stop(self, grace_s: float = _STOP_GRACE_S) -> None:
         """Refuse new calls, give running ones `grace_s`, then end."""
+        self._exporter.close()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
         if self._announcing is not None:
@@ -57,7 +65,9 @@ class StoreServer:
         await self._index.close()
 
 
-async def start_server(config: StoreConfig, peers: Peers = ALONE) -> StoreServer:
+async def start_server(
+    config: StoreConfig, peers: Peers = ALONE, telemetry: TelemetrySpec = QUIET
+) -> StoreServer:
     """A node that serves on `.address` (its real port) those that `peers` admits.
 
     Raises UsageError for an address that cannot be bound or unreadable certificates,
@@ -75,15 +85,18 @@ async def start_server(config: StoreConfig, peers: Peers = ALONE) -> StoreServer
         options=_options(config),
         interceptors=gates,
     )
+    meters = store_meters(node)
     server.add_generic_rpc_handlers(
         (
             service.KvStoreService(node).handlers(),
             directory.DirectoryService(workers, epoch=node.epoch).handlers(),
+            metrics_handler(meters),
         )
     )
     running: StoreServer | None = None
     try:
-        running = StoreServer(node, index, server, _bind(server, config.listen, peers))
+        exporter = HttpExporter(meters, telemetry)
+        running = StoreServer(node, index, server, _bind(server, config.listen, peers), exporter)
         await running.start()
     except (UsageError, IndexUnavailableError):
         await server.stop(None)

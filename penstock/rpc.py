@@ -31,6 +31,9 @@ from penstock.errors import (
     from_code,
 )
 from penstock.peers import ALONE, Peers
+from penstock.telemetry.exporter import HttpExporter, metrics_handler
+from penstock.telemetry.meters import Meters
+from penstock.telemetry.workers import read_entry
 from penstock.worker import WorkerSpec
 from protos.penstock.kv.v1 import kv_pb2
 
@@ -160,6 +163,7 @@ class WorkerServer:
         *,
         host: str,
         max_concurrent_calls: int,
+        meters: Meters,
         peers: Peers = ALONE,
     ) -> None:
         self._service = service
@@ -172,7 +176,7 @@ class WorkerServer:
             interceptors=transport.gates(peers),
         )
         self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(service, methods),)
+            (grpc.method_handlers_generic_handler(service, methods), metrics_handler(meters))
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
@@ -225,6 +229,7 @@ class WorkerHost:
         *,
         describe: Callable[[], kv_pb2.Worker],
         registry: Registry | None,
+        meters: Meters,
     ) -> None:
         """`registry` None: registered nowhere. `describe` gives the entry as of now."""
         self.address = ""
@@ -236,6 +241,9 @@ class WorkerHost:
         self._methods = methods
         self._describe = describe
         self._registry = registry
+        self._meters = meters
+        self._exporter = HttpExporter(meters, spec.telemetry)
+        read_entry(meters, describe, self.counters)
         self._registration = AsyncExitStack()
         self._server: WorkerServer | None = None
         self._calls = 0
@@ -251,8 +259,10 @@ class WorkerHost:
             host=spec.listen_host,
             max_concurrent_calls=spec.max_running + spec.max_queued + _SPARE_CALLS,
             peers=spec.peers,
+            meters=self._meters,
         )
         self.address = await self._server.start()
+        self._exporter.start()
         if self._registry is not None:
             await self._registration.enter_async_context(
                 self._registry.registered(
@@ -313,6 +323,7 @@ class WorkerHost:
     async def stop(self) -> None:
         """Leave the directory, refuse new requests, cancel those that run."""
         self.draining = True
+        self._exporter.close()
         await self._registration.aclose()
         server, self._server = self._server, None
         if server is not None:

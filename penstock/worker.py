@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from penstock.peers import ALONE, Peers
+from penstock.telemetry_spec import TelemetrySpec
 
 MOST_DRAFT_TOKENS = 16
 
@@ -85,6 +86,7 @@ class WorkerSpec(BaseModel):
     peers: Peers = ALONE
     """What this worker shows to store and front, and asks of who calls it."""
     ranks: RankSpec = RankSpec()
+    telemetry: TelemetrySpec = TelemetrySpec()
     heartbeat_s: float = Field(default=1.0, gt=0)
     directory_ttl_s: float = Field(default=5.0, gt=0)
     lease_ttl_s: float = Field(default=30.0, gt=0)

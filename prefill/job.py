@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from kvstore.contracts import BlockStore
 from model.engine import Engine
 from penstock.errors import PenstockError
 from penstock.identity import Chain
+from penstock.telemetry import catalog as M
+from penstock.telemetry.meters import NO_METER, Meter
 from prefill.planner import plan_chunks
 from prefill.publisher import PromptPublisher
 from prefill.restore import Restorer
@@ -71,6 +74,7 @@ class PromptRunner:
     store: BlockStore
     scheduler: PromptScheduler
     chunk_tokens: int
+    meter: Meter = NO_METER
     open_sequences: int = 0
     _cleanups: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -81,11 +85,13 @@ class PromptRunner:
         OverloadedError and ContextLengthError; then nothing of the request is held any more.
         """
         counted = _Remaining(self.scheduler, prompt.length)
+        arrived = time.monotonic()
         try:
             async with (
                 self.scheduler.admitted(self.engine.bytes_for(prompt.length)),
                 self._sequence(prompt) as sequence,
             ):
+                self.meter.observe(M.PREFILL_QUEUE_TIME, time.monotonic() - arrived)
                 return await self._work(prompt, sequence, listener, counted)
         finally:
             counted.now(0)
@@ -99,7 +105,11 @@ class PromptRunner:
     ) -> Outcome:
         tokens = prompt.chain.tokens
         restorer = Restorer(self.store, prompt.chain, prompt.restore_owner, prompt.lease_ttl_s)
+        begun = time.monotonic()
         position = await restorer.restore(sequence)
+        self.meter.observe(M.RESTORE_TIME, time.monotonic() - begun)
+        for reason, missed in restorer.missed(position).items():
+            self.meter.add(M.PREFILL_MISSED, missed, reason=reason)
         outcome = Outcome(cached_tokens=position)
         counted.now(prompt.length - position)
         await listener.started(position)
@@ -109,6 +119,7 @@ class PromptRunner:
             owner=prompt.request_id,
             lease_ttl_s=prompt.lease_ttl_s,
             on_progress=listener.progress,
+            meter=self.meter,
         )
         if position == prompt.length:
             await publisher.repair(sequence, checked_by=prompt.restore_owner)
@@ -121,17 +132,19 @@ class PromptRunner:
             chunk_tokens=self.chunk_tokens,
             boundaries=prompt.boundaries,
         )
-        handover = b""
+        handover, waited = b"", 0.0
         async with publisher:
             for chunk in chunks:
                 output = await sequence.compute(chunk, tokens[chunk.start : chunk.end])
                 outcome.computed_tokens += chunk.end - chunk.start
                 outcome.compute_s += output.seconds
+                self.meter.observe(M.CHUNK_TIME, output.seconds)
                 self.scheduler.measured(chunk.end - chunk.start, output.seconds)
                 counted.now(prompt.length - chunk.end)
                 handover = output.states[chunk.end]
-                await publisher.add(output)
-            await publisher.finish(sequence, handover)
+                waited += await _seconds(publisher.add(output))
+            waited += await _seconds(publisher.finish(sequence, handover))
+        self.meter.observe(M.PUBLISH_EXPOSED_TIME, waited)
         outcome.bytes_published = publisher.bytes_published
         return outcome
 
@@ -164,6 +177,12 @@ class PromptRunner:
             except PenstockError as error:
                 # The leases' TTL does the same a little later.
                 _log.warning("leases of %s were not released: %s", owner, error.message)
+
+
+async def _seconds(work: Awaitable[None]) -> float:
+    begun = time.monotonic()
+    await work
+    return time.monotonic() - begun
 
 
 @dataclass

@@ -17,6 +17,8 @@ from kvstore.contracts import BlockStore, StoreObject
 from penstock.blocks import BLOCK_TOKENS, STATE_ALIGN_TOKENS, ObjectKind
 from penstock.errors import StoreUnavailableError
 from penstock.identity import Chain
+from penstock.telemetry import catalog as M
+from penstock.telemetry.meters import NO_METER, Meter
 from prefill.leases import keep_leased
 from prefill.sequence import ChunkOutput
 
@@ -48,12 +50,14 @@ class PromptPublisher:
         owner: str,
         lease_ttl_s: float,
         on_progress: Callable[[int], Awaitable[None]],
+        meter: Meter = NO_METER,
     ) -> None:
         self._store = store
         self._chain = chain
         self._owner = owner
         self._lease_ttl_s = lease_ttl_s
         self._on_progress = on_progress
+        self._meter = meter
         self._queue: asyncio.Queue[ChunkOutput | None] = asyncio.Queue(QUEUE_CHUNKS)
         self._task: asyncio.Task[None] | None = None
         self._leases = AsyncExitStack()
@@ -133,6 +137,7 @@ class PromptPublisher:
                 payloads = await sequence.export_blocks(some)
                 items = [self._block(i, p) for i, p in zip(some, payloads, strict=True)]
                 await self._put(items)
+                self._meter.add(M.PREFILL_REPAIRED, len(items))
         raise StoreUnavailableError(
             f"the KV store keeps losing blocks of this prompt ({len(lost)} of {len(blocks)})"
         )
@@ -150,7 +155,9 @@ class PromptPublisher:
             for position in chunk.retained_at
             if not (is_last and position == end)
         ]
-        await self._put(sorted(items, key=_publishing_order))
+        known = await self._put(sorted(items, key=_publishing_order))
+        again = sum(item.kind is ObjectKind.BLOCK for item in known)
+        self._meter.add(M.PREFILL_RECOMPUTED, again * BLOCK_TOKENS)
         if is_last:
             return
         if not chunk.retained_at or chunk.retained_at[-1] != end:
@@ -162,9 +169,10 @@ class PromptPublisher:
         await self._put([self._state(end, payload)], rolling=end % STATE_ALIGN_TOKENS != 0)
         await self._on_progress(end)
 
-    async def _put(self, items: list[StoreObject], *, rolling: bool = False) -> None:
+    async def _put(self, items: list[StoreObject], *, rolling: bool = False) -> list[StoreObject]:
+        """Those that the store had already."""
         if not items:
-            return
+            return []
         fresh = await self._store.put_many(
             items, owner=self._owner, lease_ttl_s=self._lease_ttl_s, rolling=rolling
         )
@@ -173,6 +181,7 @@ class PromptPublisher:
         )
         if not rolling:
             self._published += [item.id for item in items]
+        return [item for item, new in zip(items, fresh, strict=True) if not new]
 
     def _block(self, index: int, payload: bytes) -> StoreObject:
         chain = self._chain

@@ -43,20 +43,39 @@ class Restorer:
     owner: str
     lease_ttl_s: float
     _unusable: set[bytes] = field(default_factory=set)
+    _planned: int = 0
+    """Where the first lookup said that the prompt could be resumed."""
+    _blocks_there: int = 0
+    """Blocks from the prompt's start on that the first lookup found."""
 
     async def restore(self, sequence: Attachable) -> int:
         """Position at which `sequence` stands afterwards: 0 (empty) to the prompt's length.
 
         Raises StoreUnavailableError if the store cannot be asked.
         """
-        for _ in range(_ROUNDS):
+        for attempt in range(_ROUNDS):
             position = await self._look_up()
+            if not attempt:
+                self._planned = position
             if not position:
                 return 0
             if await self._attach(sequence, position):
                 return position
             await sequence.reset()
         return 0
+
+    def missed(self, position: int) -> dict[str, int]:
+        """Tokens after `position`, where `restore` came to stand, by the reason why they were not
+        restored (`catalog.PREFILL_MISSED`). Their sum is the rest of the prompt.
+        """
+        length = len(self.chain.tokens)
+        whole = len(self.chain.blocks) * BLOCK_TOKENS
+        there = self._blocks_there * BLOCK_TOKENS
+        planned = max(position, self._planned)
+        covered = max(planned, there)
+        reasons = {"lost": planned - position, "no_state": covered - planned}
+        reasons["tail" if covered >= whole else "new"] = length - covered
+        return {reason: tokens for reason, tokens in reasons.items() if tokens}
 
     async def _look_up(self) -> int:
         candidates = resume_candidates(len(self.chain.tokens))
@@ -70,6 +89,8 @@ class Restorer:
             there and id_ not in self._unusable for id_, there in zip(ids, present, strict=True)
         ]
         blocks = len(self.chain.blocks)
+        if not self._unusable:
+            self._blocks_there = next((i for i in range(blocks) if not usable[i]), blocks)
         return best_resume(
             candidates, states_present=usable[blocks:], blocks_present=usable[:blocks]
         )

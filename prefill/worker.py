@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 from kvstore.client import StoreClient
 from kvstore.contracts import BlockStore
@@ -27,6 +28,9 @@ from penstock.rpc import (
     reachable,
     unary_stream,
 )
+from penstock.telemetry import catalog as M
+from penstock.telemetry.meters import Meters
+from penstock.telemetry.workers import worker_meters
 from penstock.worker import WorkerSpec
 from prefill.job import Listener, Outcome, Prompt, PromptRunner
 from prefill.scheduler import PromptScheduler
@@ -49,16 +53,24 @@ async def open_worker(spec: WorkerSpec, start: RankStarter = ChildRank) -> Prefi
         )
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise ModelLoadError(f"the model '{spec.model.model}' cannot be opened: {error}") from error
+    meters = worker_meters("prefill", spec.worker_id)
     store = StoreClient(
         spec.store_address,
         fingerprint=engine.info.fingerprint,
         layout=engine.info.layout,
         index=spec.index_url,
         peers=spec.peers,
+        meter=meters,
     )
     directory = DirectoryClient(spec.store_address, peers=spec.peers)
     return PrefillWorker(
-        spec, engine, store, directory, close_with=(store.close, directory.close), owns_engine=True
+        spec,
+        engine,
+        store,
+        directory,
+        close_with=(store.close, directory.close),
+        owns_engine=True,
+        meters=meters,
     )
 
 
@@ -78,8 +90,10 @@ class PrefillWorker:
         *,
         close_with: Sequence[Callable[[], Awaitable[None]]] = (),
         owns_engine: bool = False,
+        meters: Meters | None = None,
     ) -> None:
         self.spec = spec
+        self.meters = meters or worker_meters("prefill", spec.worker_id)
         self.counters: Counter[str] = Counter()
         self.scheduler = PromptScheduler(
             capacity_bytes=spec.kv_memory_bytes,
@@ -89,14 +103,18 @@ class PrefillWorker:
         )
         self._engine = engine
         self._thread = ModelThread("prefill-model")
-        self.runner = PromptRunner(engine, self._thread, store, self.scheduler, spec.chunk_tokens)
+        self.runner = PromptRunner(
+            engine, self._thread, store, self.scheduler, spec.chunk_tokens, self.meters
+        )
         self._host = WorkerHost(
             spec,
             SERVICE,
             {"Run": unary_stream(worker_pb2.PrefillRequest, self._run)},
             describe=self.describe,
             registry=directory,
+            meters=self.meters,
         )
+        self._read_metrics()
         self._close_with = tuple(close_with)
         self._owns_engine = owns_engine
         self._stopped = False
@@ -164,6 +182,12 @@ class PrefillWorker:
             "pending_tokens": float(scheduler.pending_tokens),
         }
         return values
+
+    def _read_metrics(self) -> None:
+        counters = self.counters
+        for metric in (M.PREFILL_COMPUTED, M.PREFILL_CACHED, M.PREFILL_PUBLISHED):
+            self.meters.read(metric, partial(counters.__getitem__, metric.name[len("worker_") :]))
+        self.meters.read(M.PREFILL_PENDING, lambda: self.scheduler.pending_tokens)
 
     async def _run(self, request: worker_pb2.PrefillRequest, write: Write) -> None:
         """The RPC: one prompt."""

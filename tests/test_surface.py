@@ -20,7 +20,10 @@ from cluster.chart.readme import rows_of
 from cluster.cli.main import build
 from cluster.config import ClusterConfig, FrontSection
 from penstock.telemetry import Telemetry
+from penstock.telemetry.catalog import CATALOG
+from penstock.telemetry.metric import PREFIX
 from protos.penstock.kv.v1 import kv_pb2
+from protos.penstock.telemetry.v1 import telemetry_pb2
 from protos.penstock.worker.v1 import worker_pb2
 
 SNAPSHOT = Path(__file__).parent / "surface.txt"
@@ -54,7 +57,8 @@ def settings() -> Iterator[str]:
 
 
 def messages() -> Iterator[str]:
-    files: list[FileDescriptor] = [kv_pb2.DESCRIPTOR, worker_pb2.DESCRIPTOR]
+    modules = (kv_pb2, worker_pb2, telemetry_pb2)
+    files: list[FileDescriptor] = [module.DESCRIPTOR for module in modules]
     for file in files:
         for service in file.services_by_name.values():
             for method in service.methods:
@@ -70,8 +74,14 @@ def helm_values() -> Iterator[str]:
         yield f"helm {row.name}"
 
 
+def metrics() -> Iterator[str]:
+    for metric in CATALOG:
+        for name in (metric.name, *metric.also):
+            yield f"metric {metric.kind} {PREFIX}{name}{{{','.join(metric.label_names)}}}"
+
+
 def test_the_surface_is_what_the_snapshot_lists() -> None:
-    now = sorted({*flags(), *endpoints(), *settings(), *messages(), *helm_values()})
+    now = sorted({*flags(), *endpoints(), *settings(), *messages(), *helm_values(), *metrics()})
     if os.environ.get("PENSTOCK_UPDATE_SURFACE"):
         SNAPSHOT.write_text("\n".join(now) + "\n")
     before = SNAPSHOT.read_text().splitlines()

@@ -137,7 +137,7 @@ class AnswerResponse(Response):
     async def _fail(
         self, error: PenstockError, wire: _Wire, scope: Scope, receive: Receive
     ) -> None:
-        self._answer.meter.end("refused" if error.http_status < 500 else "failed")
+        self._answer.meter.fail(error)
         await wire.fail(error, scope, receive)
 
     def _events(self) -> Any:
@@ -201,7 +201,7 @@ class AnswerResponse(Response):
             last = b"".join(answer.render.delta(delta) for delta in answer.parts.close(finish))
         last += self._summary()
         timings = {**finish.timings, **answer.meter.timings()}
-        answer.meter.end(finish.reason, finish.usage)
+        answer.meter.end(finish.reason, finish.usage, finish.timings)
         await wire.end(last + answer.render.closing(finish, timings, answer.parts))
 
     def _summary(self) -> bytes:
@@ -242,7 +242,7 @@ class AnswerResponse(Response):
                         extra["evidence"] = answer.evidence.of_answer()
                     if answer.grounding is not None:
                         extra["grounding"] = answer.grounding.told
-                    answer.meter.end(event.reason, event.usage)
+                    answer.meter.end(event.reason, event.usage, event.timings)
                     message = answer.parts or "".join(texts)
                     await wire.whole(
                         answer.render.whole(message, event, timings, extra, answer.tokens)

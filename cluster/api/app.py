@@ -62,6 +62,8 @@ def create_app(
 def _penstock_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, PenstockError):
         raise error
+    state: ApiState = request.app.state.penstock
+    state.telemetry.failed(error)
     return errors.response(error)
 
 

@@ -27,6 +27,7 @@ from penstock.request import (
     TokenChunk,
     Usage,
 )
+from penstock.telemetry.workers import worker_meters
 
 _CHUNK_TOKENS = 2048
 
@@ -162,6 +163,14 @@ class FakeService:
 
     async def store_stat(self) -> dict[str, float]:
         return {"used_bytes": 0.0}
+
+    async def expositions(self) -> list[bytes | None]:
+        """Of workers that never did anything; the store does not answer."""
+        return [
+            worker_meters("prefill", "prefill-0").text(),
+            worker_meters("decode", "decode-0").text(),
+            None,
+        ]
 
     async def close(self) -> None:
         self._engine.close()

@@ -173,7 +173,7 @@ def _plan(
         grounding=grounding,
         tokens=TokenRecord() if body.logits_digest else None,
         parts=None if encoded.answer.plain else AnswerParts(encoded.answer),
-        meter=state.telemetry.request(kind.endpoint, started_s),
+        meter=state.telemetry.request(kind.endpoint, started_s, max_tokens=request.stop.max_tokens),
         stream=bool(body.stream),
         keep_alive_s=state.config.keep_alive_s,
         timeout_s=state.config.request_timeout_s,

@@ -12,8 +12,11 @@ from fastapi import APIRouter, Request, Response
 from cluster.api.intake import parse, read_body, state_of
 from cluster.api.schema import DetokenizeBody, TokenizeBody
 from cluster.contracts import ServedModel, WorkerView
+from cluster.policy import DECODE, PREFILL
 from penstock.errors import InvalidRequestError, PenstockError
-from penstock.telemetry import CONTENT_TYPE, Sample
+from penstock.telemetry import CONTENT_TYPE
+from penstock.telemetry import catalog as M
+from penstock.telemetry.meters import Meters
 
 router = APIRouter()
 _READY_TIMEOUT_S = 5.0
@@ -111,33 +114,32 @@ async def show_version() -> Response:
 
 
 @router.get("/metrics")
-async def metrics(request: Request) -> Response:
-    """Prometheus text: this front, every live worker, the store node."""
+async def metrics(request: Request, scope: str = "cluster") -> Response:
+    """Prometheus text: this front, every live worker, the store node; of this front alone with
+    `?scope=front`, for a Prometheus that scrapes each process by itself.
+    """
     state = state_of(request)
-    samples: list[Sample] = []
+    telemetry, meters = state.telemetry, state.telemetry.meters
+    if scope not in ("cluster", "front"):
+        raise InvalidRequestError("scope is 'cluster' or 'front'", param="scope")
+    others: list[bytes] = []
     try:
         async with asyncio.timeout(_READY_TIMEOUT_S):
-            for worker in await state.service.workers():
-                samples += _worker_samples(worker)
-            stat = await state.service.store_stat()
-            samples += [Sample(f"store_{name}", value, {}) for name, value in stat.items()]
+            _show_workers(meters, await state.service.workers())
+            if scope == "cluster":
+                told = await state.service.expositions()
+                others = [text for text in told if text is not None]
+                meters.add(M.SCRAPE_FAILURES, len(told) - len(others))
+        meters.set(M.UNREACHABLE, 0)
     except (PenstockError, TimeoutError):
         # A scrape must show the front's own counters just when the rest is gone.
-        samples.append(Sample("workers_unreachable", 1.0, {}))
-    return Response(state.telemetry.exposition(samples), media_type=CONTENT_TYPE)
+        meters.set(M.UNREACHABLE, 1)
+        _show_workers(meters, [])
+    return Response(telemetry.exposition(others), media_type=CONTENT_TYPE)
 
 
-def _worker_samples(worker: WorkerView) -> list[Sample]:
-    values = {
-        "pid": worker.pid,
-        "running": worker.running,
-        "queued": worker.queued,
-        "queued_tokens": worker.queued_tokens,
-        "capacity_bytes": worker.capacity_bytes,
-        "used_bytes": worker.used_bytes,
-        "draining": worker.draining,
-        "kv_bytes_per_token": worker.bytes_per_token,
-        **worker.metrics,
-    }
-    labels = {"worker": worker.worker_id, "role": worker.role}
-    return [Sample(f"worker_{name}", float(value), labels) for name, value in values.items()]
+def _show_workers(meters: Meters, workers: list[WorkerView]) -> None:
+    for role in (PREFILL, DECODE):
+        for state in ("ready", "draining"):
+            count = sum(w.role == role and w.draining == (state == "draining") for w in workers)
+            meters.set(M.LIVE_WORKERS, count, role=role, state=state)

@@ -72,10 +72,12 @@ class RequestScope:
                 with charged_to(admission):
                     await self._app(scope, receive, tagged)
             except PenstockError as error:
+                self._state.telemetry.failed(error)
                 if not status:
                     await errors.response(error)(scope, receive, tagged)
             except Exception:
                 _log.exception("unexpected failure of %s %s", scope["method"], scope["path"])
+                self._state.telemetry.failed(errors.unexpected())
                 if not status:
                     await errors.response(errors.unexpected())(scope, receive, tagged)
             finally:
@@ -106,7 +108,7 @@ class RequestScope:
     def _count(self, scope: Scope, status: int, took_s: float) -> None:
         route = scope.get("route")
         path = getattr(route, "path", "other")
-        self._state.telemetry.responses.labels(path, str(status or 499)).inc()
+        self._state.telemetry.responded(path, status or 499)
         _log.info(
             "%s %s",
             scope["method"],

@@ -20,6 +20,7 @@ from penstock.errors import (
     UnavailableError,
 )
 from penstock.telemetry import Telemetry
+from penstock.telemetry import catalog as M
 from penstock.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ class ApiState:
         self.service: Service = MeteredService(service)
         self.config = config
         self.telemetry = telemetry
+        telemetry.meters.set(M.REQUESTS_LIMIT, config.max_streams)
         self.sampling_defaults = dict(sampling_defaults)
         self._tokenizer = tokenizer
         self._chat = chat
@@ -103,7 +105,7 @@ class ApiState:
             result = work()
         else:
             result = await asyncio.get_running_loop().run_in_executor(self._encoders, work)
-        self.telemetry.encode.observe(time.monotonic() - started)
+        self.telemetry.encoded(time.monotonic() - started)
         return result
 
     def close(self) -> None:

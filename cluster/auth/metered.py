@@ -79,5 +79,8 @@ class MeteredService:
     async def store_stat(self) -> dict[str, float]:
         return await self._service.store_stat()
 
+    async def expositions(self) -> list[bytes | None]:
+        return await self._service.expositions()
+
     async def close(self) -> None:
         await self._service.close()

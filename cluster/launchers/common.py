@@ -79,11 +79,12 @@ def start_store(config: ClusterConfig) -> tuple[ChildProcess | None, str]:
     store = config.kvstore
     if config.launcher.store_address is not None:
         return None, config.launcher.store_address
+    spec = StoreSpec(**store.model_dump(), peers=config.tls, telemetry=config.telemetry)
     child = ChildProcess(
         "kvstore",
         "kvstore",
         ["--config-stdin", "--exit-with-parent"],
-        first_line=StoreSpec(**store.model_dump(), peers=config.tls).model_dump_json(),
+        first_line=spec.model_dump_json(),
     )
     try:
         child.spawn()
@@ -106,6 +107,7 @@ def worker_spec(
         listen_host=config.launcher.worker_host,
         peers=config.tls,
         ranks=config.parallel.of_role(role),
+        telemetry=config.telemetry,
         chunk_tokens=config.prefill.chunk_tokens,
         max_running=pool.max_running,
         max_queued=pool.max_queued,

@@ -9,12 +9,13 @@ import logging
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from penstock.errors import OverloadedError, PenstockError
 from penstock.request import Usage
-from penstock.telemetry import JsonFormatter, Sample, Telemetry, configure_logging, request_scope
+from penstock.telemetry import JsonFormatter, Telemetry, configure_logging, request_scope
 
 
-def values(telemetry: Telemetry, *extra: Sample) -> dict[str, float]:
-    text = telemetry.exposition(extra).decode()
+def values(telemetry: Telemetry) -> dict[str, float]:
+    text = telemetry.exposition().decode()
     families = text_string_to_metric_families(text)
     return {s.name + str(sorted(s.labels.values())): s.value for f in families for s in f.samples}
 
@@ -35,13 +36,28 @@ def test_a_request_is_counted_once() -> None:
     assert set(meter.timings()) == {"ttft_s", "e2e_s"}
 
 
-def test_what_others_report_cannot_grow_without_bound() -> None:
+def test_a_failed_request_counts_its_code_and_a_strange_code_as_other() -> None:
     telemetry = Telemetry()
-    flood = [Sample("worker_x", 1.0, {"worker": f"w{i}" * 100}) for i in range(2000)]
-    odd = [Sample("worker_x", 1.0, {"other": "label"}), Sample("bad name!\n", 2.0, {})]
-    found = values(telemetry, *flood, *odd)
-    assert sum(name.startswith("penstock_worker_x") for name in found) == 512
-    assert found["penstock_bad_name__[]"] == 2.0
+    telemetry.request("chat").fail(OverloadedError("full"))
+    telemetry.request("nobody's endpoint").fail(PenstockError("x", code="said by a client"))
+    found = values(telemetry)
+    assert found["penstock_request_failures_total['overloaded']"] == 1
+    assert found["penstock_request_failures_total['other']"] == 1
+    assert found["penstock_requests_total['chat', 'refused']"] == 1
+    assert found["penstock_requests_total['failed', 'other']"] == 1
+    assert found["penstock_requests_running[]"] == 0
+
+
+def test_phases_come_from_the_flow_and_add_up() -> None:
+    telemetry = Telemetry()
+    timings = {"reserve_s": 0.5, "ttft_s": 2.0, "prefill_s": 1.9, "total_s": 5.0}
+    telemetry.request("chat", max_tokens=64).end("stop", Usage(100, 40, 2), timings)
+    found = values(telemetry)
+    phases = {n: found[f"penstock_request_{n}_time_seconds_sum[]"] for n in ("queue", "inference")}
+    assert phases == {"queue": 0.5, "inference": 4.5}
+    assert found["penstock_request_prefill_time_seconds_sum[]"] == 1.5
+    assert found["penstock_request_decode_time_seconds_sum[]"] == 3.0
+    assert found["penstock_request_params_max_tokens_sum[]"] == 64
 
 
 def test_two_telemetries_share_nothing() -> None:

@@ -1,0 +1,42 @@
+"""The store node's metrics, read from its own figures at each exposition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from kvstore.node import StoreNode
+from penstock.telemetry import catalog as M
+from penstock.telemetry.meters import Meters
+from penstock.telemetry.metric import Metric
+
+SOURCES: Mapping[str, Metric] = {
+    "epoch": M.STORE_EPOCH,
+    "capacity_bytes": M.STORE_CAPACITY,
+    "used_bytes": M.STORE_USED,
+    "reserved_bytes": M.STORE_RESERVED,
+    "objects": M.STORE_OBJECTS,
+    "leases": M.STORE_LEASES,
+    "lease_owners": M.STORE_OWNERS,
+    "open_puts": M.STORE_PUTS,
+    "open_gets": M.STORE_GETS,
+    "evictions": M.STORE_EVICTIONS,
+    "integrity_failures": M.STORE_INTEGRITY,
+    "index_healthy": M.STORE_INDEX,
+    "hits": M.STORE_HITS,
+    "misses": M.STORE_MISSES,
+    "bytes_in": M.STORE_IN,
+    "bytes_out": M.STORE_OUT,
+}
+"""Metric by field of `StoreStat`."""
+
+
+def store_meters(node: StoreNode) -> Meters:
+    meters = Meters("store")
+    for field, metric in SOURCES.items():
+        meters.read(metric, partial(_figure, node, field))
+    return meters
+
+
+def _figure(node: StoreNode, field: str) -> float:
+    return float(getattr(node.stat(), field))

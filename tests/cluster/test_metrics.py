@@ -1,0 +1,185 @@
+"""Every declared metric is really emitted by a running cluster and moves, or says why it cannot."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.launchers.common import free_port
+from penstock.telemetry.catalog import CATALOG
+from penstock.telemetry.metric import PREFIX
+from protos.penstock.kv.v1 import kv_pb2, kv_pb2_grpc
+from tests.cluster.harness import Cluster, cluster
+
+_MEMORY_BYTES = 40_000
+Values = dict[str, float]
+
+
+def read(url: str) -> Values:
+    """Sum over the series of each sample name, as a scraper reads them."""
+    found: Values = {}
+    for family in text_string_to_metric_families(httpx.get(url, timeout=10).text):
+        for sample in family.samples:
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    return found
+
+
+class Watcher:
+    """The highest value that each sample had while it ran."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self.highest: Values = {}
+
+    def __enter__(self) -> Watcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            self.look()
+            time.sleep(0.02)
+
+    def look(self) -> None:
+        for name, value in read(self._url).items():
+            self.highest[name] = max(value, self.highest.get(name, 0.0))
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Cluster]:
+    port = free_port()
+    with cluster(
+        "fake",
+        model__num_speculative_tokens=2,
+        model__fake_prefill_tokens_per_s=6000.0,
+        prefill__max_running=2,
+        prefill__chunk_tokens=512,
+        decode__max_running=2,
+        kvstore__memory_bytes=_MEMORY_BYTES,
+        telemetry__metrics_port=port,
+    ) as started:
+        yield started
+
+
+def prompt(seed: int, tokens: int) -> list[int]:
+    return [(seed * 7919 + i * (seed + 3)) % 250 for i in range(tokens)]
+
+
+def traffic(c: Cluster) -> None:
+    """Something of everything: hits, misses, equal prompts at once, a queue, drafts, evidence,
+    refusals, a client that hangs up.
+    """
+    first = c.complete(prompt(1, 900), max_tokens=300, ignore_eos=True)
+    again = [*prompt(1, 900), *first.token_ids, 7]
+    assert c.complete(again, max_tokens=8, ignore_eos=True, evidence=True).cached_tokens > 900
+    with ThreadPoolExecutor(4) as pool:
+        same = [pool.submit(c.complete, prompt(2, 1500), max_tokens=8) for _ in range(2)]
+        others = [pool.submit(c.complete, prompt(n, 600), max_tokens=8) for n in (3, 4)]
+        for future in (*same, *others):
+            future.result()
+    body = {"model": "fake", "prompt": prompt(5, 4000), "max_tokens": 500, "ignore_eos": True}
+    with c.client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+        next(answer.iter_raw())
+    too_long = {"model": "fake", "prompt": prompt(6, 200_000), "max_tokens": 1_000_000}
+    assert c.client.post("/v1/completions", json=too_long).status_code == 400
+    assert c.client.get("/nowhere").status_code == 404
+
+
+def strange_reader(c: Cluster) -> None:
+    """Holds an object open for writing and asks for one that nobody has."""
+    begin = kv_pb2.PutBegin(id=b"x" * 32, kind=1, size_bytes=100, owner="me", lease_ttl_ms=1000)
+    with grpc.insecure_channel(c.store_address) as channel:
+        stub = kv_pb2_grpc.KvStoreStub(channel)
+        hold = threading.Event()
+
+        def messages() -> Iterator[kv_pb2.PutRequest]:
+            yield kv_pb2.PutRequest(begin=begin)
+            hold.wait(10)
+
+        puts = stub.Put(messages(), timeout=10)
+        next(puts)
+        (absent,) = stub.Get(kv_pb2.GetRequest(ids=[b"y" * 32]), timeout=5)
+        assert absent.missing.id
+        time.sleep(0.3)
+        hold.set()
+        puts.cancel()
+
+
+def test_every_metric_moves_or_says_why_it_cannot(running: Cluster) -> None:
+    with Watcher(f"{running.url}/metrics") as watcher:
+        traffic(running)
+        strange_reader(running)
+        watcher.look()
+    highest = watcher.highest
+    stuck, moved_anyway = [], []
+    for metric in CATALOG:
+        suffix = "_count" if metric.kind == "histogram" else ""
+        for name in (metric.name, *metric.also):
+            sample = PREFIX + name + suffix
+            if not metric.labels:
+                assert sample in highest, f"{sample} is declared but not shown"
+            if not highest.get(sample) and not metric.still:
+                stuck.append(sample)
+            if highest.get(sample) and metric.still:
+                moved_anyway.append(sample)
+    print(f"{len(CATALOG)} metrics; still, as declared: {[m.name for m in CATALOG if m.still]}")
+    assert not stuck, f"never moved and do not say why: {stuck}"
+    assert not moved_anyway, f"moved though they say that they cannot: {moved_anyway}"
+
+
+def test_figures_of_different_processes_agree(running: Cluster) -> None:
+    before = read(f"{running.url}/metrics")
+    answer = running.complete(prompt(11, 1000), max_tokens=20, ignore_eos=True)
+    again = running.complete(prompt(11, 1000), max_tokens=20, ignore_eos=True)
+    after = read(f"{running.url}/metrics")
+
+    def grew(name: str) -> float:
+        return after[f"penstock_{name}"] - before[f"penstock_{name}"]
+
+    assert grew("prompt_tokens_total") == 2000
+    assert grew("generation_tokens_total") == 40
+    assert grew("worker_decode_generated_tokens_total") >= 40
+    cached = answer.cached_tokens + again.cached_tokens
+    assert grew("prompt_tokens_cached_total") == cached
+    assert grew("worker_prefill_cached_tokens_total") == cached
+    missed, computed = (
+        grew("worker_prefill_missed_tokens_total"),
+        grew("worker_prefill_computed_tokens_total"),
+    )
+    assert missed == computed == 2000 - cached
+    assert grew("request_success_total") == grew("e2e_request_latency_seconds_count") == 2
+
+
+def test_one_front_alone_and_a_port_of_its_own(running: Cluster) -> None:
+    alone = read(f"{running.url}/metrics?scope=front")
+    assert "penstock_requests_running" in alone
+    assert not any(name.startswith(("penstock_worker_", "penstock_store_")) for name in alone)
+    assert running.client.get("/metrics?scope=mine").status_code == 400
+    # All processes were told the same port: one has it, and the others serve without.
+    own = httpx.get(f"http://127.0.0.1:{running.config.telemetry.metrics_port}/metrics").text
+    assert own.startswith("# HELP penstock_")
+
+
+def test_a_scrape_tells_of_the_front_when_the_store_is_gone() -> None:
+    with cluster("fake") as c:
+        c.complete(prompt(1, 10), max_tokens=2)
+        c.launcher.store.kill()  # type: ignore[attr-defined]
+        text = c.client.get("/metrics").text
+    assert 'penstock_requests_total{endpoint="completions",outcome=' in text
+    assert "penstock_store_objects" not in text
+    failures = [line for line in text.splitlines() if "scrape_failures_total " in line][-1]
+    unreachable = "penstock_workers_unreachable 1.0" in text
+    assert unreachable or not failures.endswith(" 0.0")
