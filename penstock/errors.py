@@ -231,3 +231,8 @@ def from_code(
     return _BY_CODE.get(code, PenstockError)(
         message, param=param, code=code, retry_after_s=retry_after_s
     )
+
+
+def error_codes() -> tuple[str, ...]:
+    """Every code of the tree, for whoever counts errors by code."""
+    return tuple(sorted({str(PenstockError.code), *_BY_CODE}))

@@ -7,6 +7,7 @@ vLLM where it has the same thing. Longer than other files because it is one list
 
 from __future__ import annotations
 
+from penstock.errors import error_codes
 from penstock.telemetry import buckets
 from penstock.telemetry.metric import EVERY, WORKERS, Label, Metric, Process
 
@@ -17,25 +18,7 @@ _STORE: tuple[Process, ...] = ("store",)
 
 OUTCOMES = ("stop", "length", "cancelled", "refused", "failed")
 ENDPOINTS = ("chat", "completions", "batch")
-ERROR_CODES = (
-    "invalid_configuration",
-    "invalid_value",
-    "invalid_api_key",
-    "insufficient_scope",
-    "context_length_exceeded",
-    "model_not_found",
-    "overloaded",
-    "rate_limit_exceeded",
-    "unavailable",
-    "kv_store_unavailable",
-    "worker_unavailable",
-    "index_unavailable",
-    "fingerprint_mismatch",
-    "deadline_exceeded",
-    "cancelled",
-    "kv_integrity",
-    "internal_error",
-)
+ERROR_CODES = error_codes()
 MISS_REASONS = ("new", "no_state", "lost", "tail")
 DIRECTIONS = ("put", "get")
 _MOST_ROUTES = 48
@@ -82,7 +65,7 @@ FAILURES = Metric(
     "counter",
     _FRONT,
     "Requests that ended in an error, refused ones included, by the error's code",
-    (Label("code", ERROR_CODES),),
+    (Label("code", ERROR_CODES, listed_in="penstock/errors.py"),),
 )
 REQUESTS_RUNNING = Metric("requests_running", "gauge", _FRONT, "Requests in this front process")
 REQUESTS_LIMIT = Metric(

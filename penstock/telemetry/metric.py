@@ -28,6 +28,8 @@ class Label:
     name: str
     values: tuple[str, ...] = ()
     most: int = 0
+    listed_in: str = ""
+    """The file that has the values, where documents need not repeat them."""
 
     def __post_init__(self) -> None:
         if bool(self.values) == bool(self.most):

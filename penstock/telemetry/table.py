@@ -47,6 +47,8 @@ def _rows(metrics: list[Metric]) -> list[str]:
 
 
 def _label(label: Label) -> str:
+    if label.listed_in:
+        return f"`{label.name}`: those of `{label.listed_in}`"
     bound = ", ".join(label.values) if label.values else f"at most {label.most}"
     return f"`{label.name}`: {bound}"
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import grpc
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -101,7 +100,7 @@ def traffic(c: Cluster) -> None:
 def strange_reader(c: Cluster) -> None:
     """Holds an object open for writing and asks for one that nobody has."""
     begin = kv_pb2.PutBegin(id=b"x" * 32, kind=1, size_bytes=100, owner="me", lease_ttl_ms=1000)
-    with grpc.insecure_channel(c.store_address) as channel:
+    with c.store() as (channel, signed):
         stub = kv_pb2_grpc.KvStoreStub(channel)
         hold = threading.Event()
 
@@ -109,9 +108,10 @@ def strange_reader(c: Cluster) -> None:
             yield kv_pb2.PutRequest(begin=begin)
             hold.wait(10)
 
-        puts = stub.Put(messages(), timeout=10)
+        puts = stub.Put(messages(), timeout=10, metadata=signed)
         next(puts)
-        (absent,) = stub.Get(kv_pb2.GetRequest(ids=[b"y" * 32]), timeout=5)
+        asked = kv_pb2.GetRequest(ids=[b"y" * 32])
+        (absent,) = stub.Get(asked, timeout=5, metadata=signed)
         assert absent.missing.id
         time.sleep(0.3)
         hold.set()
