@@ -15,7 +15,7 @@ from cluster.policy import Route
 from penstock import transport
 from penstock.errors import StoreUnavailableError
 from penstock.peers import ALONE, Peers
-from penstock.request import EvidenceSpan, Progress, Request, TokenChunk
+from penstock.request import EvidenceSpan, Progress, Request, TokenChunk, TokenLogprobs
 from penstock.rpc import channel_options, error_from_rpc
 from penstock.telemetry.exporter import read_metrics
 from protos.penstock.kv.v1 import kv_pb2, kv_pb2_grpc
@@ -110,6 +110,9 @@ class WorkerCalls:
                     top_k=sampling.top_k,
                     seed=sampling.seed,
                     choice=sampling.choice,
+                    frequency_penalty=sampling.frequency_penalty,
+                    presence_penalty=sampling.presence_penalty,
+                    logit_bias=dict(sampling.logit_bias),
                 ),
                 max_tokens=stop.max_tokens,
                 min_tokens=stop.min_tokens,
@@ -117,6 +120,7 @@ class WorkerCalls:
                 stop=stop.strings,
                 evidence=request.evidence,
                 logits_digest=request.logits_digest,
+                top_logprobs=request.top_logprobs,
                 prefill_timeout_ms=int(limits.request_timeout_s * 1e3),
                 lease_ttl_ms=int(limits.lease_ttl_s * 1e3),
                 admission_timeout_ms=int(limits.admission_timeout_s * 1e3),
@@ -170,6 +174,10 @@ def _chunk(tokens: worker_pb2.Tokens) -> TokenChunk:
         text=tokens.text,
         evidence=tuple(EvidenceSpan(e.start, e.end, e.mass) for e in tokens.evidence),
         logits_digests=tuple(tokens.logits_digests),
+        logprobs=tuple(
+            TokenLogprobs(told.logprob, tuple(zip(told.top_ids, told.top_logprobs, strict=True)))
+            for told in tokens.logprobs
+        ),
     )
 
 

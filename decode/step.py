@@ -17,7 +17,7 @@ from blake3 import blake3
 from decode.speculation import stand, states_between
 from decode.stream import Drawn, Stream
 from model.engine import DraftRequest, Engine, Evidence, Logits, Segment
-from model.sampler import sample
+from model.sampler import logprobs, sample
 from penstock.errors import PenstockError
 from penstock.telemetry import catalog as M
 from penstock.telemetry.meters import NO_METER, Meter
@@ -145,9 +145,16 @@ class Stepper:
         digest = b""
         if stream.wishes.logits_digest:
             digest = blake3(row.cast("B")).digest()[:_DIGEST_BYTES]
-        forbidden = stream.output.forbidden_after(ahead)
-        token = sample(row, stream.sampling, position=position, forbidden=forbidden)
-        return Drawn(token, evidence=evidence, digest=digest)
+        token = sample(
+            row,
+            stream.sampling,
+            position=position,
+            forbidden=stream.output.forbidden_after(ahead),
+            adjust=stream.adjustments(drawn.token for drawn in outcome.drawn),
+        )
+        top = stream.wishes.top_logprobs
+        told = None if top is None else logprobs(row, token, top=top)
+        return Drawn(token, evidence=evidence, digest=digest, logprobs=told)
 
     def _settle(self, outcome: Outcome) -> None:
         """Take the rejected drafts back, and export the states that were passed on the way."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
 from decode.output import Output
 from decode.speculation import Acceptance
 from model.engine import Evidence, Sequence
 from penstock.errors import PenstockError
-from penstock.request import Sampling
+from penstock.request import Sampling, TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Wishes:
 
     evidence: bool = False
     logits_digest: bool = False
+    top_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Drawn:
     text: str = ""
     evidence: tuple[Evidence, ...] = ()
     digest: bytes = b""
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(eq=False)
@@ -50,6 +53,7 @@ class Stream:
     """How well this stream's drafts went so far."""
     reason: str | None = None
     tokens: list[int] = field(default_factory=list)
+    _counts: Counter[int] = field(default_factory=Counter)
     _ready: list[Drawn] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _error: PenstockError | None = None
@@ -58,13 +62,29 @@ class Stream:
     def is_over(self) -> bool:
         return self.reason is not None or self._error is not None
 
+    def adjustments(self, ahead: Iterable[int]) -> dict[int, float]:
+        """What is added to which logits for the next token, after the answer so far and `ahead`:
+        a function of the request and of the tokens alone, so that a moved stream draws the same.
+        """
+        sampling = self.sampling
+        added = dict(sampling.logit_bias)
+        if sampling.penalises:
+            counts = self._counts.copy()
+            counts.update(ahead)
+            for token, count in counts.items():
+                penalty = sampling.presence_penalty + sampling.frequency_penalty * count
+                added[token] = added.get(token, 0.0) - penalty
+        return added
+
     def accept(self, drawn: Drawn) -> None:
         """The batch has drawn the next token."""
         piece = self.output.accept(drawn.token)
         self.tokens.append(drawn.token)
         self.pending = drawn.token
         self.reason = piece.reason
-        self._ready.append(Drawn(drawn.token, piece.text, drawn.evidence, drawn.digest))
+        if self.sampling.penalises:
+            self._counts[drawn.token] += 1
+        self._ready.append(replace(drawn, text=piece.text))
         self._news.set()
 
     def fail(self, error: PenstockError) -> None:

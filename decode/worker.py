@@ -27,7 +27,7 @@ from penstock.errors import (
     WorkerUnavailableError,
 )
 from penstock.identity import Chain
-from penstock.request import Sampling, StopRule
+from penstock.request import Sampling, StopRule, TokenLogprobs
 from penstock.rpc import (
     WorkerHost,
     Write,
@@ -248,20 +248,40 @@ class DecodeWorker:
                 f"than the {info.max_model_len} tokens of the model's context",
                 param="max_tokens",
             )
-        wish = request.sampling
         return Order(
             request_id=asked.request_id,
             chain=Chain.start(info.fingerprint, asked.namespace).extend(tokens),
-            # An unset top_p is 0 on the wire.
-            sampling=Sampling(
-                wish.temperature, wish.top_p or 1.0, wish.top_k, wish.seed, wish.choice
-            ),
+            sampling=_sampling(request.sampling, info.vocab_size),
             rule=rule,
-            wishes=Wishes(request.evidence, request.logits_digest),
+            wishes=Wishes(
+                request.evidence,
+                request.logits_digest,
+                request.top_logprobs if request.HasField("top_logprobs") else None,
+            ),
             prefill_timeout_s=request.prefill_timeout_ms / 1e3 or DEFAULT_PREFILL_TIMEOUT_S,
             admission_timeout_s=request.admission_timeout_ms / 1e3,
             lease_ttl_s=request.lease_ttl_ms / 1e3 or self.spec.lease_ttl_s,
         )
+
+
+def _sampling(wish: worker_pb2.Sampling, vocab_size: int) -> Sampling:
+    bias = tuple(sorted(wish.logit_bias.items()))
+    if bias and bias[-1][0] >= vocab_size:
+        raise InvalidRequestError(
+            f"logit_bias names token {bias[-1][0]}, outside the vocabulary of {vocab_size}",
+            param="logit_bias",
+        )
+    return Sampling(
+        temperature=wish.temperature,
+        # Unset it is 0 on the wire.
+        top_p=wish.top_p or 1.0,
+        top_k=wish.top_k,
+        seed=wish.seed,
+        choice=wish.choice,
+        frequency_penalty=wish.frequency_penalty,
+        presence_penalty=wish.presence_penalty,
+        logit_bias=bias,
+    )
 
 
 _COUNTERS = (
@@ -271,6 +291,14 @@ _COUNTERS = (
     "decode_attached_tokens_total",
     "decode_publish_failures_total",
 )
+
+
+def _logprobs(told: TokenLogprobs) -> worker_pb2.TokenLogprobs:
+    return worker_pb2.TokenLogprobs(
+        logprob=told.logprob,
+        top_ids=[token for token, _ in told.top],
+        top_logprobs=[logprob for _, logprob in told.top],
+    )
 
 
 class _Events:
@@ -309,6 +337,7 @@ class _Events:
                     for span in of_prompt(one.evidence, self._prompt_tokens)
                 ],
                 logits_digests=[one.digest for one in group if one.digest],
+                logprobs=[_logprobs(one.logprobs) for one in group if one.logprobs is not None],
             )
             await self._write(worker_pb2.GenerateEvent(tokens=event))
             index += len(group)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from penstock.request import Sampling
+from penstock.request import Sampling, TokenLogprobs
 
 _TAG = b"penstock-sample-1"
 
@@ -33,17 +34,20 @@ def sample(
     *,
     position: int,
     forbidden: frozenset[int] = frozenset(),
+    adjust: Mapping[int, float] | None = None,
 ) -> int:
     """Token id drawn from `row` [V] float32. Ties go to the lowest id.
 
-    `forbidden` ids are never drawn (min_tokens keeps the end token away). Raises ValueError if a
-    logit is NaN.
+    `forbidden` ids are never drawn (min_tokens keeps the end token away); `adjust` is added to the
+    logits of its ids (bias and penalties). Raises ValueError if a logit is NaN.
     """
     logits = np.asarray(row, dtype=np.float64)
     if np.isnan(logits).any():
         raise ValueError("logits hold NaN: the model's weights or cache are damaged")
-    if forbidden:
+    if forbidden or adjust:
         logits = logits.copy()
+        for token, amount in (adjust or {}).items():
+            logits[token] += amount
         logits[list(forbidden)] = -np.inf
     if sampling.greedy:
         return int(np.argmax(logits))
@@ -60,3 +64,21 @@ def sample(
     threshold = uniform(sampling.seed, sampling.choice, position) * cumulative[-1]
     index = int(np.searchsorted(cumulative, threshold, side="right"))
     return int(order[min(index, len(cumulative) - 1)])
+
+
+def logprobs(row: memoryview | npt.NDArray[np.float32], token: int, *, top: int) -> TokenLogprobs:
+    """Of `token` and of the `top` likeliest ids under the softmax of `row` [V] float32, in
+    float64. Every id has one: a probability that float64 cannot hold is below e^-700.
+    """
+    logits = np.asarray(row, dtype=np.float64)
+    shifted = logits - logits.max()
+    shifted -= np.log(np.exp(shifted).sum())
+    best: tuple[tuple[int, float], ...] = ()
+    if top:
+        count = min(top, len(shifted))
+        # All that tie with the last place, so that ties go to the lowest id as they do in `sample`.
+        least = np.partition(shifted, len(shifted) - count)[len(shifted) - count]
+        ids = np.flatnonzero(shifted >= least)
+        order = ids[np.argsort(-shifted[ids], kind="stable")][:count]
+        best = tuple((int(i), float(shifted[i])) for i in order)
+    return TokenLogprobs(float(shifted[token]), best)

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from penstock.errors import InvalidRequestError
 
+MOST_BIASED_TOKENS = 1024
+MOST_TOP_LOGPROBS = 20
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -18,6 +21,12 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
     choice: int = 0
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time that the answer has it."""
+    presence_penalty: float = 0.0
+    """Taken from a token's logit once the answer has it."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids and what is added to their logits."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature <= 2.0:
@@ -32,10 +41,33 @@ class Sampling:
             raise InvalidRequestError(f"top_k must be at least 0, not {self.top_k}", param="top_k")
         if not 0 <= self.seed < 2**64:
             raise InvalidRequestError("seed must be an unsigned 64-bit integer", param="seed")
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            if not -2.0 <= value <= 2.0:
+                raise InvalidRequestError(
+                    f"{name} must be between -2 and 2, not {value}", param=name
+                )
+        if len(self.logit_bias) > MOST_BIASED_TOKENS:
+            raise InvalidRequestError(
+                f"logit_bias takes at most {MOST_BIASED_TOKENS} tokens, not {len(self.logit_bias)}",
+                param="logit_bias",
+            )
+        for token, bias in self.logit_bias:
+            if token < 0 or not -100.0 <= bias <= 100.0:
+                raise InvalidRequestError(
+                    "logit_bias maps token ids to numbers between -100 and 100, not "
+                    f"{token} to {bias}",
+                    param="logit_bias",
+                )
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def penalises(self) -> bool:
+        """A token's chance depends on what the answer has so far."""
+        return self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
 
 @dataclass(frozen=True)
@@ -78,12 +110,19 @@ class Request:
     evidence: bool = False
     logits_digest: bool = False
     """Return a digest of the logits that each token was drawn from."""
+    top_logprobs: int | None = None
+    """Return the log probability of each token, and of this many likeliest ones beside it."""
 
     def __post_init__(self) -> None:
         if not self.token_ids:
             raise InvalidRequestError("the prompt is empty", param="messages")
         if len(self.namespace) != 32:
             raise ValueError("namespace must be 32 bytes")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MOST_TOP_LOGPROBS:
+            raise InvalidRequestError(
+                f"top_logprobs must be between 0 and {MOST_TOP_LOGPROBS}, not {self.top_logprobs}",
+                param="top_logprobs",
+            )
 
     @property
     def total_tokens(self) -> int:
@@ -116,6 +155,17 @@ class EvidenceSpan:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """Of one token drawn: natural logarithms of the model's own probabilities, before temperature,
+    penalties, bias and grammar.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens, best first; ties by id."""
+
+
+@dataclass(frozen=True)
 class Progress:
     """Event: prompt tokens ready (restored ones included)."""
 
@@ -133,6 +183,8 @@ class TokenChunk:
     text: str
     evidence: tuple[EvidenceSpan, ...] = ()
     logits_digests: tuple[bytes, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One a token, if they were asked for."""
 
 
 @dataclass(frozen=True)

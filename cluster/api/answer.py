@@ -1,4 +1,4 @@
-"""One answer on its way out: runs `Service.generate`, streams or collects, cancels on disconnect.
+"""One response on its way out: runs `Service.generate`, streams or collects, cancels on disconnect.
 
 The status line waits for the first event, so that a refusal keeps its HTTP status; it does not wait
 for the first token. Three tasks share a response: the pump, a watcher that cancels the pump when
@@ -10,28 +10,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from cluster.api import errors
-from cluster.api.evidence import EvidenceText
-from cluster.api.grounding import Grounding
-from cluster.api.parts import AnswerParts
-from cluster.api.render import (
-    KEEP_ALIVE,
-    Render,
-    TokenRecord,
-    progress_comment,
-    sse,
-)
+from cluster.api.choices import Choice, Total, run
+from cluster.api.logprobs import Entry
+from cluster.api.render import KEEP_ALIVE, Render, progress_comment, sse
 from cluster.contracts import Service
 from penstock.errors import DeadlineError, PenstockError, UnavailableError
-from penstock.request import Event, Finish, Progress, Request, TokenChunk
+from penstock.request import Finish, Progress, TokenChunk
 from penstock.telemetry import RequestMeter
 
 _log = logging.getLogger(__name__)
@@ -45,20 +38,18 @@ _SSE_HEADERS = [
 
 @dataclass(frozen=True)
 class Answer:
-    """All that is needed to produce one answer."""
+    """All that is needed to produce one response."""
 
-    request: Request
+    answer_id: str
+    choices: Sequence[Choice]
     render: Render
-    evidence: EvidenceText | None
-    grounding: Grounding | None
-    """The answer is held back until it is checked."""
-    tokens: TokenRecord | None
-    parts: AnswerParts | None
-    """None: the text is the content."""
     meter: RequestMeter
     stream: bool
     keep_alive_s: float
     timeout_s: float
+
+    def opening(self) -> bytes:
+        return self.render.opening(self.choices)
 
 
 class AnswerResponse(Response):
@@ -86,9 +77,7 @@ class AnswerResponse(Response):
         watcher = asyncio.create_task(_gone(receive))
         helpers = [watcher]
         if self._answer.stream:
-            helpers.append(
-                asyncio.create_task(_tick(wire, self._answer.keep_alive_s, self._answer.render))
-            )
+            helpers.append(asyncio.create_task(_tick(wire, self._answer)))
         try:
             await asyncio.wait({pump, watcher}, return_when=asyncio.FIRST_COMPLETED)
             if not pump.done():
@@ -131,7 +120,7 @@ class AnswerResponse(Response):
             # The transport broke while sending: the client is gone.
             return
         except Exception:
-            _log.exception("request %s failed", self._answer.request.request_id)
+            _log.exception("request %s failed", self._answer.answer_id)
             await self._fail(errors.unexpected(), wire, scope, receive)
 
     async def _fail(
@@ -142,112 +131,123 @@ class AnswerResponse(Response):
 
     def _events(self) -> Any:
         """As a closing context: leaving it cancels the request."""
-        # Every `generate` is an async generator; the contract promises an iterator with aclose.
-        events = self._service.generate(self._answer.request)
-        if self._answer.grounding is not None:
-            events = self._answer.grounding.events(events)
-        return aclosing(cast(Any, events))
+        return aclosing(run(self._service, self._answer.choices))
 
     async def _stream(self, wire: _Wire) -> None:
-        render, meter = self._answer.render, self._answer.meter
+        answer, total = self._answer, Total()
+        left = len(answer.choices)
         async with self._events() as events:
-            async for event in cast(AsyncIterator[Event], events):
+            async for choice, event in events:
                 if not wire.started:
-                    await wire.start_stream(render.opening())
+                    await wire.start_stream(answer.opening())
                 if isinstance(event, TokenChunk):
-                    extra = self._extra(event)
-                    if event.text:
-                        meter.text()
-                    if self._answer.parts is not None:
-                        await self._write_parts(self._answer.parts.feed(event), extra, wire)
-                    elif extra:
-                        await wire.write(render.text_with(event.text, extra))
-                    elif event.text:
-                        await wire.write(render.text(event.text))
+                    data = self._chunk(choice, event)
+                    if data:
+                        await wire.write(data)
                 elif isinstance(event, Progress):
-                    await wire.write(progress_comment(event))
+                    if choice.leads:
+                        await wire.write(progress_comment(event))
                 else:
-                    await self._finish(event, wire)
+                    total.add(choice, event)
+                    left -= 1
+                    timings = {**event.timings, **answer.meter.timings()}
+                    last = self._last(choice, event) + answer.render.final(choice, event, timings)
+                    if left:
+                        await wire.write(last)
+                        continue
+                    answer.meter.end(total.reason, total.usage, total.timings)
+                    await wire.end(last + answer.render.closing(total, timings))
                     return
         raise errors.unexpected()
 
-    async def _write_parts(
-        self, deltas: list[dict[str, Any]], extra: dict[str, Any], wire: _Wire
-    ) -> None:
-        """Extension fields go with the first delta, or alone."""
+    def _chunk(self, choice: Choice, event: TokenChunk) -> bytes:
+        """What goes out with these tokens; perhaps nothing."""
         render = self._answer.render
-        if extra:
-            deltas = [{**deltas[0], **extra}, *deltas[1:]] if deltas else [extra]
-        if deltas:
-            await wire.write(b"".join(render.delta(delta) for delta in deltas))
+        if event.text:
+            self._answer.meter.text()
+        entries = choice.logprobs.feed(event) if choice.logprobs is not None else ()
+        extra = self._extra(choice, event)
+        if choice.parts is not None:
+            return self._deltas(choice, choice.parts.feed(event), extra, entries)
+        if extra or entries:
+            return render.text_with(choice, event.text, extra, entries)
+        return render.text(choice, event.text) if event.text else b""
 
-    def _extra(self, chunk: TokenChunk) -> dict[str, Any]:
+    def _deltas(
+        self,
+        choice: Choice,
+        deltas: list[dict[str, Any]],
+        extra: dict[str, Any],
+        entries: Sequence[Entry],
+    ) -> bytes:
+        """Extension fields and log probabilities go with the first delta, or alone."""
+        render = self._answer.render
+        if extra or entries:
+            deltas = [{**deltas[0], **extra}, *deltas[1:]] if deltas else [extra]
+        return b"".join(
+            render.delta(choice, delta, () if i else entries) for i, delta in enumerate(deltas)
+        )
+
+    def _extra(self, choice: Choice, chunk: TokenChunk) -> dict[str, Any]:
         """Extension fields that the client asked for; usually none."""
         extra: dict[str, Any] = {}
-        answer = self._answer
-        if answer.evidence:
-            found = answer.evidence.add(chunk)
+        if choice.evidence is not None:
+            found = choice.evidence.add(chunk)
             if found:
                 extra["evidence"] = found
-        if answer.tokens is not None:
-            extra |= answer.tokens.add(chunk)
+        if choice.tokens is not None:
+            extra |= choice.tokens.add(chunk)
         return extra
 
-    async def _finish(self, finish: Finish, wire: _Wire) -> None:
-        answer = self._answer
-        if answer.parts is None:
-            last = answer.render.text(finish.text) if finish.text else b""
+    def _last(self, choice: Choice, finish: Finish) -> bytes:
+        """What was held back until the end, and what is known only then."""
+        render = self._answer.render
+        entries = choice.logprobs.close(finish.text) if choice.logprobs is not None else ()
+        if choice.parts is not None:
+            last = self._deltas(choice, choice.parts.close(finish), {}, entries)
+        elif entries:
+            last = render.text_with(choice, finish.text, {}, entries)
         else:
-            last = b"".join(answer.render.delta(delta) for delta in answer.parts.close(finish))
-        last += self._summary()
-        timings = {**finish.timings, **answer.meter.timings()}
-        answer.meter.end(finish.reason, finish.usage, finish.timings)
-        await wire.end(last + answer.render.closing(finish, timings, answer.parts))
-
-    def _summary(self) -> bytes:
-        """A chunk with what is known only at the end: evidence of the whole answer, grounding."""
-        answer = self._answer
-        extra: dict[str, Any] = {}
-        if answer.evidence is not None:
-            extra["answer_evidence"] = answer.evidence.of_answer()
-        if answer.grounding is not None:
-            extra["grounding"] = answer.grounding.told
-        if not extra:
-            return b""
-        if answer.parts is None:
-            return answer.render.text_with("", extra)
-        return answer.render.delta(extra)
+            last = render.text(choice, finish.text) if finish.text else b""
+        told = choice.told("answer_evidence")
+        if not told:
+            return last
+        if choice.parts is not None:
+            return last + render.delta(choice, told)
+        return last + render.text_with(choice, "", told, ())
 
     async def _collect(self, wire: _Wire) -> None:
-        answer = self._answer
-        texts: list[str] = []
+        answer, total = self._answer, Total()
+        texts: dict[int, list[str]] = {choice.index: [] for choice in answer.choices}
+        ends: dict[int, Finish] = {}
         async with self._events() as events:
-            async for event in cast(AsyncIterator[Event], events):
+            async for choice, event in events:
                 if isinstance(event, TokenChunk):
                     if event.text:
                         answer.meter.text()
-                    if answer.parts is not None:
-                        answer.parts.feed(event)
-                    elif event.text:
-                        texts.append(event.text)
-                    self._extra(event)
+                    texts[choice.index].append(event.text)
+                    if choice.logprobs is not None:
+                        choice.logprobs.feed(event)
+                    if choice.parts is not None:
+                        choice.parts.feed(event)
+                    self._extra(choice, event)
                 elif isinstance(event, Finish):
-                    if answer.parts is not None:
-                        answer.parts.close(event)
-                    else:
-                        texts.append(event.text)
-                    timings = {**event.timings, **answer.meter.timings()}
-                    extra: dict[str, Any] = {}
-                    if answer.evidence is not None:
-                        extra["evidence"] = answer.evidence.of_answer()
-                    if answer.grounding is not None:
-                        extra["grounding"] = answer.grounding.told
-                    answer.meter.end(event.reason, event.usage, event.timings)
-                    message = answer.parts or "".join(texts)
-                    await wire.whole(
-                        answer.render.whole(message, event, timings, extra, answer.tokens)
-                    )
-                    return
+                    texts[choice.index].append(event.text)
+                    ends[choice.index] = event
+                    if choice.logprobs is not None:
+                        choice.logprobs.close(event.text)
+                    if choice.parts is not None:
+                        choice.parts.close(event)
+                    total.add(choice, event)
+                    if len(ends) == len(answer.choices):
+                        # Before the events are closed: that may have to wait for the cluster.
+                        answers = [
+                            (c, "".join(texts[c.index]), ends[c.index]) for c in answer.choices
+                        ]
+                        timings = {**total.timings, **answer.meter.timings()}
+                        answer.meter.end(total.reason, total.usage, total.timings)
+                        await wire.whole(answer.render.whole(answers, total, timings))
+                        return
         raise errors.unexpected()
 
 
@@ -317,13 +317,13 @@ async def _gone(receive: Receive) -> None:
         continue
 
 
-async def _tick(wire: _Wire, interval_s: float, render: Render) -> None:
+async def _tick(wire: _Wire, answer: Answer) -> None:
     clock = asyncio.get_running_loop().time
     with contextlib.suppress(OSError):
         while True:
-            wait_s = wire.last_s + interval_s - clock()
+            wait_s = wire.last_s + answer.keep_alive_s - clock()
             if wait_s > 0:
                 await asyncio.sleep(wait_s)
                 continue
-            await wire.start_stream(render.opening())
+            await wire.start_stream(answer.opening())
             await wire.write(KEEP_ALIVE)

@@ -6,7 +6,6 @@ For tests of the API and for client development. It has faults and pauses to ord
 from __future__ import annotations
 
 import asyncio
-import codecs
 import os
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -14,9 +13,12 @@ from dataclasses import dataclass
 
 from cluster.contracts import Readiness, ServedModel, WorkerView
 from decode.evidence import of_prompt
+from decode.output import Output
+from decode.step import Stepper
+from decode.stream import Drawn, Stream, Wishes
 from model.engine import Segment
+from model.engine import Sequence as EngineSequence
 from model.fake import EOS, FakeEngine, FakeSettings
-from model.sampler import sample
 from penstock.errors import PenstockError
 from penstock.request import (
     Event,
@@ -28,6 +30,7 @@ from penstock.request import (
     Usage,
 )
 from penstock.telemetry.workers import worker_meters
+from penstock.tokenizer import ByteTokenizer
 
 _CHUNK_TOKENS = 2048
 
@@ -60,6 +63,7 @@ class FakeService:
 
     def __init__(self, *, max_model_len: int = 1 << 20, name: str = "fake") -> None:
         self._engine = FakeEngine(FakeSettings(max_model_len=max_model_len))
+        self._stepper = Stepper(self._engine)
         self._name = name
         self._created = int(time.time())
         self.plan = FakePlan()
@@ -92,29 +96,20 @@ class FakeService:
                     await asyncio.sleep(self.plan.token_pause_s)
                     yield event
                 return
-            utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-            for index in range(request.stop.max_tokens):
+            stream = _stream_of(request, sequence)
+            index = 0
+            while stream.reason is None:
                 await asyncio.sleep(self.plan.token_pause_s)
                 self._break_if_asked(index)
-                forbidden = (
-                    frozenset({EOS})
-                    if request.stop.ignore_eos or index < request.stop.min_tokens
-                    else frozenset[int]()
-                )
-                token = sample(
-                    self._engine.logits([sequence]).row(0),
-                    request.sampling,
-                    position=total + index,
-                    forbidden=forbidden,
-                )
-                if token == EOS:
-                    yield Finish("stop", Usage(total, cached, index))
-                    return
-                found = self._engine.evidence(sequence) if request.evidence else []
-                spans = tuple(of_prompt(found, total))
-                self._engine.forward([Segment(sequence, [token])])
-                yield TokenChunk(index, (token,), utf8.decode(bytes([token])), spans)
-            yield Finish("length", Usage(total, cached, request.stop.max_tokens))
+                outcome = self._stepper.step([stream])[0]
+                if outcome.error is not None:
+                    raise outcome.error
+                stream.accept(outcome.drawn[0])
+                for drawn in await stream.take():
+                    yield _chunk(index, drawn, total)
+                    index += 1
+            usage = Usage(total, cached, index)
+            yield Finish(stream.reason, usage, stream.output.close())
         finally:
             self._engine.release(sequence)
             await asyncio.sleep(self.plan.close_pause_s)
@@ -123,8 +118,8 @@ class FakeService:
     @staticmethod
     def _scripted(plan: FakePlan, request: Request, cached: int) -> Iterator[Event]:
         answer = plan.answer or ()
-        said = answer[: request.stop.max_tokens]
         spans = tuple(EvidenceSpan(*each) for each in plan.answer_evidence)
+        said = answer[: request.stop.max_tokens]
         for index, (token, text) in enumerate(said):
             yield TokenChunk(index, (token,), text, spans if request.evidence else ())
         reason = "stop" if len(said) == len(answer) else "length"
@@ -174,3 +169,25 @@ class FakeService:
 
     async def close(self) -> None:
         self._engine.close()
+
+
+def _stream_of(request: Request, sequence: EngineSequence) -> Stream:
+    """The answer as a decode worker makes it, without company."""
+    return Stream(
+        sequence,
+        request.sampling,
+        Output(request.stop, frozenset({EOS}), ByteTokenizer().decode_bytes),
+        Wishes(request.evidence, request.logits_digest, request.top_logprobs),
+        lambda position, payload: None,
+    )
+
+
+def _chunk(index: int, drawn: Drawn, prompt_tokens: int) -> TokenChunk:
+    return TokenChunk(
+        index,
+        (drawn.token,),
+        drawn.text,
+        tuple(of_prompt(drawn.evidence, prompt_tokens)),
+        (drawn.digest,) if drawn.digest else (),
+        () if drawn.logprobs is None else (drawn.logprobs,),
+    )

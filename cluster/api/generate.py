@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from cluster.api.answer import Answer, AnswerResponse
+from cluster.api.choices import Choice
 from cluster.api.evidence import EvidenceText, PromptText, contents
 from cluster.api.grounding import Grounding, check_combination, refusal_of
 from cluster.api.intake import parse, read_body, state_of
+from cluster.api.logprobs import Logprobs
 from cluster.api.parts import AnswerParts
-from cluster.api.render import ChatRender, Render, TextRender, TokenRecord
+from cluster.api.records import TokenRecord
+from cluster.api.render import ChatRender, Render, TextRender
 from cluster.api.schema import ChatBody, CompletionBody, Generation
 from cluster.api.state import ApiState
 from cluster.contracts import ServedModel
@@ -40,8 +44,21 @@ async def chat_completions(request: Request) -> Response:
 
 @router.post("/v1/completions", openapi_extra=_body_of(CompletionBody))
 async def completions(request: Request) -> Response:
-    """A continuation of one prompt, given as text or as token ids."""
+    """Continuations of one prompt or of several, given as text or as token ids."""
     return await _answer(request, _Text)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a request."""
+
+    encoded: Encoded
+    texts: tuple[str, ...] = ()
+    """The client's own texts in it: what evidence counts characters in."""
+    echo: str = ""
+    """What its answer is to begin with."""
+    placed: PromptText | None = None
+    """Set if evidence is asked for."""
 
 
 class _Chat:
@@ -54,13 +71,9 @@ class _Chat:
     render: type[Render] = ChatRender
 
     @staticmethod
-    def encode(body: Any, state: ApiState, scope: bytes) -> Encoded:
-        return state.chat.encode(body.messages, body.chat_options(), scope=scope)
-
-    @staticmethod
-    def texts(body: Any, encoded: Encoded, state: ApiState) -> list[str]:
-        """What evidence counts characters in."""
-        return contents(body.messages)
+    def encode(body: Any, state: ApiState, scope: bytes) -> list[Prompt]:
+        encoded = state.chat.encode(body.messages, body.chat_options(), scope=scope)
+        return [Prompt(encoded, tuple(contents(body.messages)))]
 
 
 class _Text:
@@ -71,113 +84,157 @@ class _Text:
     render: type[Render] = TextRender
 
     @staticmethod
-    def encode(body: Any, state: ApiState, scope: bytes) -> Encoded:
-        prompt = body.one_prompt()
-        if isinstance(prompt, str):
-            ids = [*state.chat.start_ids, *state.tokenizer.encode(prompt)] if prompt else []
-        else:
-            ids = prompt
-            # Without a tokenizer the worker, which knows the vocabulary, refuses what is too high.
-            limit = state.tokenizer.vocab_size if state.has_tokenizer else 2**31
-            if ids and not 0 <= min(ids) <= max(ids) < limit:
-                raise InvalidRequestError(
-                    f"prompt holds a token id outside the vocabulary of {limit}",
-                    param="prompt",
-                )
-        if not ids:
-            raise InvalidRequestError("the prompt is empty", param="prompt")
-        return Encoded(ids, ())
+    def encode(body: Any, state: ApiState, scope: bytes) -> list[Prompt]:
+        return [_text_prompt(prompt, state, body) for prompt in body.prompts()]
 
-    @staticmethod
-    def texts(body: Any, encoded: Encoded, state: ApiState) -> list[str]:
-        prompt = body.one_prompt()
-        return [prompt if isinstance(prompt, str) else state.tokenizer.decode(encoded.token_ids)]
+
+def _text_prompt(prompt: str | list[int], state: ApiState, body: Any) -> Prompt:
+    if isinstance(prompt, str):
+        ids = [*state.chat.start_ids, *state.tokenizer.encode(prompt)] if prompt else []
+        text = prompt
+    else:
+        ids = prompt
+        # Without a tokenizer the worker, which knows the vocabulary, refuses what is too high.
+        limit = state.tokenizer.vocab_size if state.has_tokenizer else 2**31
+        if ids and not 0 <= min(ids) <= max(ids) < limit:
+            raise InvalidRequestError(
+                f"prompt holds a token id outside the vocabulary of {limit}",
+                param="prompt",
+            )
+        wanted = body.echo or (body.evidence and state.has_tokenizer)
+        text = state.tokenizer.decode(ids) if wanted else ""
+    if not ids:
+        raise InvalidRequestError("the prompt is empty", param="prompt")
+    return Prompt(Encoded(ids, ()), (text,), text if body.echo else "")
 
 
 async def _answer(http: Request, kind: type[_Chat] | type[_Text]) -> Response:
     started_s = time.monotonic()
     state = state_of(http)
     tenant: str = http.scope["penstock.tenant"]
-    give_back = state.take_stream()
+    place = state.take_stream()
     try:
         raw = await read_body(http, state.config.max_body_bytes)
         # The text is parsed where it is encoded: tens of megabytes must not stop the event loop.
-        work = _prepare(raw, kind, state, tenant)
-        encoded, body, scope, evidence = await state.encode(work, len(raw))
+        prompts, body, scope = await state.encode(_prepare(raw, kind, state, tenant), len(raw))
         model = await state.model(body.model)
-        answer = _plan(body, encoded, scope, evidence, model, kind, state, started_s)
+        place.widen(len(prompts) * (body.n or 1))
+        answer = _plan(body, prompts, scope, model, kind, state, started_s)
     except BaseException:
-        give_back()
+        place.leave()
         raise
-    return AnswerResponse(state.service, answer, give_back)
+    return AnswerResponse(state.service, answer, place.leave)
 
 
 def _prepare(
     raw: bytes, kind: type[_Chat] | type[_Text], state: ApiState, tenant: str
-) -> Callable[[], tuple[Encoded, Generation, bytes, EvidenceText | None]]:
-    def work() -> tuple[Encoded, Generation, bytes, EvidenceText | None]:
+) -> Callable[[], tuple[list[Prompt], Generation, bytes]]:
+    def work() -> tuple[list[Prompt], Generation, bytes]:
         body = parse(kind.schema, raw)
         scope = namespace(state.config.cluster_key_bytes, tenant, body.cache_salt or "")
-        encoded = kind.encode(body, state, scope)
-        evidence = _evidence(body, encoded, kind, state) if body.evidence else None
-        return encoded, body, scope, evidence
+        prompts = kind.encode(body, state, scope)
+        if body.evidence and state.has_tokenizer:
+            prompts = [_placed(prompt, state) for prompt in prompts]
+        return prompts, body, scope
 
     return work
 
 
-def _evidence(
-    body: Generation, encoded: Encoded, kind: type[_Chat] | type[_Text], state: ApiState
-) -> EvidenceText:
-    prompt = encoded.token_ids
-    if not state.has_tokenizer:
-        return EvidenceText(None, prompt, names_message=kind is _Chat)
-    text = PromptText(state.tokenizer, prompt, kind.texts(body, encoded, state))
-    return EvidenceText(state.tokenizer, prompt, text, names_message=kind is _Chat)
+def _placed(prompt: Prompt, state: ApiState) -> Prompt:
+    text = PromptText(state.tokenizer, prompt.encoded.token_ids, prompt.texts)
+    return replace(prompt, placed=text)
 
 
 def _plan(
     body: Generation,
-    encoded: Encoded,
+    prompts: Sequence[Prompt],
     scope: bytes,
-    evidence: EvidenceText | None,
     model: ServedModel,
     kind: type[_Chat] | type[_Text],
     state: ApiState,
     started_s: float,
 ) -> Answer:
     """From checked parts to what will run. Raises for what does not fit the model."""
-    prompt = encoded.token_ids
-    grounding = _grounding(body, encoded, state)
     answer_id = kind.id_prefix + secrets.token_hex(16)
-    request = nouns.Request(
-        # Not the client's X-Request-Id: leases belong to this id, so nobody else may choose it.
-        request_id=answer_id,
-        token_ids=tuple(prompt),
-        namespace=scope,
-        sampling=body.sampling(state.sampling_defaults, secrets.randbits(63)),
-        stop=body.stop_rule(_max_tokens(body, len(prompt), model.max_model_len, kind, state)),
-        boundaries=encoded.boundaries,
-        evidence=bool(body.evidence) or grounding is not None,
-        logits_digest=bool(body.logits_digest),
-    )
-    render = kind.render(
-        answer_id=answer_id,
-        created=int(time.time()),
-        model=model,
-        include_usage=body.include_usage,
-    )
+    choices: list[Choice] = []
+    for prompt in prompts:
+        choices += _choices(body, prompt, scope, model, kind, state, answer_id, len(choices))
     return Answer(
-        request=request,
-        render=render,
-        evidence=evidence,
-        grounding=grounding,
-        tokens=TokenRecord() if body.logits_digest else None,
-        parts=None if encoded.answer.plain else AnswerParts(encoded.answer),
-        meter=state.telemetry.request(kind.endpoint, started_s, max_tokens=request.stop.max_tokens),
+        answer_id=answer_id,
+        choices=choices,
+        render=kind.render(
+            answer_id=answer_id,
+            created=int(time.time()),
+            model=model,
+            include_usage=body.include_usage,
+            choices=len(choices),
+            top_logprobs=body.asked_logprobs,
+        ),
+        meter=state.telemetry.request(
+            kind.endpoint, started_s, max_tokens=choices[0].request.stop.max_tokens
+        ),
         stream=bool(body.stream),
         keep_alive_s=state.config.keep_alive_s,
         timeout_s=state.config.request_timeout_s,
     )
+
+
+def _choices(
+    body: Generation,
+    prompt: Prompt,
+    scope: bytes,
+    model: ServedModel,
+    kind: type[_Chat] | type[_Text],
+    state: ApiState,
+    answer_id: str,
+    first: int,
+) -> list[Choice]:
+    """The answers to one prompt, the first with index `first`."""
+    encoded, ids = prompt.encoded, tuple(prompt.encoded.token_ids)
+    sampling = body.sampling(state.sampling_defaults, secrets.randbits(63))
+    stop = body.stop_rule(_max_tokens(body, len(ids), model.max_model_len, kind, state))
+    tokenizer = state.tokenizer if state.has_tokenizer else None
+    if sampling.logit_bias and tokenizer is not None:
+        highest = sampling.logit_bias[-1][0]
+        if highest >= tokenizer.vocab_size:
+            raise InvalidRequestError(
+                f"logit_bias names token {highest}, outside the vocabulary of "
+                f"{tokenizer.vocab_size}",
+                param="logit_bias",
+            )
+    # An end token that does not end the answer is a token like any other.
+    ends = frozenset[int]() if body.ignore_eos or tokenizer is None else tokenizer.eos_ids
+    logprobs = body.asked_logprobs
+    return [
+        Choice(
+            index=first + number,
+            leads=number == 0,
+            request=nouns.Request(
+                # Not the client's X-Request-Id: leases belong to this id, so nobody else may
+                # choose it.
+                request_id=f"{answer_id}-{first + number}" if first + number else answer_id,
+                token_ids=ids,
+                namespace=scope,
+                sampling=replace(sampling, choice=number),
+                stop=stop,
+                boundaries=encoded.boundaries,
+                evidence=bool(body.evidence) or body.grounding == "strict",
+                logits_digest=bool(body.logits_digest),
+                top_logprobs=logprobs,
+            ),
+            evidence=(
+                EvidenceText(tokenizer, ids, prompt.placed, names_message=kind is _Chat)
+                if body.evidence
+                else None
+            ),
+            grounding=_grounding(body, encoded, state),
+            tokens=TokenRecord() if body.logits_digest else None,
+            parts=None if encoded.answer.plain else AnswerParts(encoded.answer),
+            logprobs=None if logprobs is None else Logprobs(tokenizer, ends=ends),
+            echo=prompt.echo,
+        )
+        for number in range(body.n or 1)
+    ]
 
 
 def _grounding(body: Generation, encoded: Encoded, state: ApiState) -> Grounding | None:

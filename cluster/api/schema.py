@@ -5,15 +5,19 @@ What OpenAI's API has and this server does not do yet is refused by name, never 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from cluster.api import fields
 from cluster.api.errors import ForbiddenValueError
 from penstock.chat import ChatOptions
 from penstock.errors import InvalidRequestError
-from penstock.request import Sampling, StopRule
+from penstock.request import MOST_TOP_LOGPROBS, Sampling, StopRule
 
+MOST_CHOICES = 128
+"""Answers in one response: prompts times n."""
 Fraction = Annotated[float, Field(allow_inf_nan=False)]
 T = TypeVar("T")
 # One fault is enough: a million wrong elements must not make a million errors.
@@ -55,7 +59,7 @@ class Generation(Body):
     user: Annotated[str, Field(max_length=512)] | None = None
     frequency_penalty: Fraction | None = None
     presence_penalty: Fraction | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Fraction] | None = None
     best_of: int | None = None
     grounding: Literal["off", "strict"] | None = None
     """Extension: `strict` turns an answer that its evidence does not contain into a refusal."""
@@ -66,17 +70,18 @@ class Generation(Body):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidRequestError(f"{name} must be at least 1, not {value}", param=name)
-            if value is not None and value > 1:
-                raise ForbiddenValueError(
-                    f"{name} = {value} is not supported; send {name} separate requests", param=name
-                )
+        if self.n is not None and self.n > MOST_CHOICES:
+            raise InvalidRequestError(f"n must be at most {MOST_CHOICES}, not {self.n}", param="n")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ForbiddenValueError(
+                "best_of is not supported by this server except as n itself: all answers are "
+                "returned; send n and choose",
+                param="best_of",
+            )
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError(
                 "stream_options is allowed only together with stream: true", param="stream_options"
             )
-        self._refuse_if("frequency_penalty", bool(self.frequency_penalty))
-        self._refuse_if("presence_penalty", bool(self.presence_penalty))
-        self._refuse_if("logit_bias", bool(self.logit_bias))
         return self
 
     @staticmethod
@@ -101,8 +106,20 @@ class Generation(Body):
         top_k = 0 if top_k == -1 else top_k
         if top_k >= 2**31:
             raise InvalidRequestError("top_k must be below 2147483648", param="top_k")
-        chosen = seed if self.seed is None else self.seed % 2**64
-        return Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=chosen)
+        return Sampling(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed if self.seed is None else self.seed % 2**64,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            logit_bias=_bias(self.logit_bias or {}),
+        )
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        """How many likeliest tokens to tell beside each token; None: nothing."""
+        raise NotImplementedError
 
     def stop_rule(self, max_tokens: int) -> StopRule:
         strings = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -116,6 +133,22 @@ class Generation(Body):
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+
+def _bias(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    """By token id; ids are strings in JSON."""
+    found: dict[int, float] = {}
+    for key, bias in given.items():
+        if not (key.isascii() and key.isdecimal() and len(key) <= 10):
+            raise InvalidRequestError(
+                f"logit_bias maps token ids to numbers, and {key[:40]!a} is no token id",
+                param="logit_bias",
+            )
+        if found.setdefault(int(key), bias) != bias:
+            raise InvalidRequestError(
+                f"logit_bias names token {int(key)} twice", param="logit_bias"
+            )
+    return tuple(sorted(found.items()))
 
 
 class TemplateArguments(Body):
@@ -196,19 +229,28 @@ class ChatBody(Generation, Conversation):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    functions: Items[dict[str, Any]] | None = None
     response_format: dict[str, Any] | None = None
-    modalities: Items[str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, body: Any) -> Any:
+        fields.refuse(body, fields.CHAT)
+        return body
 
     @model_validator(mode="after")
     def _chat_supported(self) -> ChatBody:
-        self._refuse_if("logprobs", bool(self.logprobs))
-        self._refuse_if("top_logprobs", bool(self.top_logprobs))
-        self._refuse_if("functions", bool(self.functions))
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequestError(
+                "top_logprobs is allowed only together with logprobs: true", param="top_logprobs"
+            )
+        _check_top("top_logprobs", self.top_logprobs)
         kind = (self.response_format or {}).get("type", "text")
         self._refuse_if("response_format", kind != "text")
-        self._refuse_if("modalities", bool(self.modalities) and self.modalities != ["text"])
         return self
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def token_limit(self) -> tuple[str, int | None]:
@@ -220,28 +262,50 @@ class ChatBody(Generation, Conversation):
 class CompletionBody(Generation):
     prompt: str | Items[str] | Items[int] | Items[Items[int]]
     echo: bool | None = None
-    suffix: str | None = None
     logprobs: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, body: Any) -> Any:
+        fields.refuse(body, fields.TEXT)
+        return body
 
     @model_validator(mode="after")
     def _completion_supported(self) -> CompletionBody:
-        self._refuse_if("echo", bool(self.echo))
-        self._refuse_if("suffix", bool(self.suffix))
-        self._refuse_if("logprobs", self.logprobs is not None)
+        _check_top("logprobs", self.logprobs)
+        if self.echo and self.logprobs is not None:
+            raise ForbiddenValueError(
+                "echo together with logprobs is not supported: the prompt's own tokens have no log "
+                "probabilities here; send one of them",
+                param="echo",
+            )
         return self
 
-    def one_prompt(self) -> str | list[int]:
-        """The only prompt. Raises `InvalidRequestError` if there are several or none."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return prompt
-        if prompt and isinstance(prompt[0], str | list):
-            if len(prompt) > 1:
-                raise ForbiddenValueError(
-                    "several prompts in one request are not supported; send one", param="prompt"
-                )
-            return prompt[0]
-        return [token for token in prompt if isinstance(token, int)]
+    @property
+    def asked_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or as token ids. Raises `InvalidRequestError` if there is none or
+        too many.
+        """
+        given = self.prompt
+        several = isinstance(given, list) and bool(given) and isinstance(given[0], str | list)
+        prompts = [*given] if several else [given]
+        if len(prompts) * (self.n or 1) > MOST_CHOICES:
+            raise InvalidRequestError(
+                f"{len(prompts)} prompts with {self.n or 1} answers each are more than the "
+                f"{MOST_CHOICES} answers that one request may have; send several requests",
+                param="prompt",
+            )
+        return prompts  # type: ignore[return-value]  # lists are of one kind: checked above
+
+
+def _check_top(name: str, value: int | None) -> None:
+    if value is not None and not 0 <= value <= MOST_TOP_LOGPROBS:
+        raise InvalidRequestError(
+            f"{name} must be between 0 and {MOST_TOP_LOGPROBS}, not {value}", param=name
+        )
 
 
 class TokenizeBody(Conversation):

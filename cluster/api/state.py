@@ -15,6 +15,7 @@ from cluster.config import FrontSection
 from cluster.contracts import ServedModel, Service
 from penstock.chat import ChatEncoder
 from penstock.errors import (
+    InvalidRequestError,
     ModelNotFoundError,
     OverloadedError,
     UnavailableError,
@@ -75,18 +76,19 @@ class ApiState:
             )
         return self._chat
 
-    def take_stream(self) -> Callable[[], None]:
-        """Counts a request in; the result counts it out. Raises `OverloadedError` at the limit."""
-        if self._streams >= self.config.max_streams:
+    def take_stream(self) -> Place:
+        """Counts a request in. Raises `OverloadedError` at the limit."""
+        place = Place(self)
+        place.widen(1)
+        return place
+
+    def _take(self, count: int) -> None:
+        limit = self.config.max_streams
+        if self._streams + count > limit:
             raise OverloadedError(
-                f"{self._streams} requests are in progress, which is this front's limit"
+                f"{self._streams} requests are in progress and this front's limit is {limit}"
             )
-        self._streams += 1
-
-        def give_back() -> None:
-            self._streams -= 1
-
-        return give_back
+        self._streams += count
 
     async def model(self, name: str | None = None) -> ServedModel:
         """The served model. Raises `ModelNotFoundError` if `name` is another one."""
@@ -111,3 +113,28 @@ class ApiState:
     def close(self) -> None:
         self.authenticator.close()
         self._encoders.shutdown(wait=False, cancel_futures=True)
+
+
+class Place:
+    """What one request takes of a front's streams. `leave` may be called again."""
+
+    def __init__(self, state: ApiState) -> None:
+        self._state = state
+        self._taken = 0
+
+    def widen(self, count: int) -> None:
+        """Be counted `count` times in all. Raises `OverloadedError` if there is no room now."""
+        limit = self._state.config.max_streams
+        if count > limit:
+            raise InvalidRequestError(
+                f"the request asks for {count} answers and this front makes at most {limit} at "
+                "once; send several requests",
+                param="n",
+            )
+        if count > self._taken:
+            self._state._take(count - self._taken)
+            self._taken = count
+
+    def leave(self) -> None:
+        self._state._streams -= self._taken
+        self._taken = 0
