@@ -60,6 +60,17 @@ class FrontSection(Section):
     max_streams: int = Field(default=1024, ge=1)
     """Most requests in one front process; one more is refused with 429."""
     max_body_bytes: Size = Field(default=64 << 20, ge=1024)
+    max_bodies_bytes: Size = Field(default=1 << 30, ge=1024)
+    """Bodies of all requests in progress in one front process together."""
+    body_timeout_s: float = Field(default=60.0, gt=0)
+    """How long a body may take; large ones get more, one second for each 16 KiB that came."""
+    max_header_bytes: Size = Field(default=32 << 10, ge=1024)
+    """A request's line and headers."""
+    header_timeout_s: float = Field(default=20.0, gt=0)
+    """How long a connection may take for a request's line and headers."""
+    max_connections: int = Field(default=8192, ge=1)
+    write_stall_s: float = Field(default=60.0, gt=0)
+    """How long a client may read nothing while an answer waits; then it is hung up on."""
     default_max_tokens: int = Field(default=1024, ge=1)
     keep_alive_s: float = Field(default=5.0, gt=0)
     """Longest silence of a stream: then a comment is sent. Also how long a stream waits for its
@@ -71,6 +82,11 @@ class FrontSection(Section):
 
     @model_validator(mode="after")
     def _exposure(self) -> Self:
+        if self.max_bodies_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_bodies_bytes ({self.max_bodies_bytes}) must not be below max_body_bytes "
+                f"({self.max_body_bytes})"
+            )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key must be given together")
         asks = self.api_key is not None or self.api_keys_file is not None

@@ -8,7 +8,7 @@ import asyncio
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import BaseModel, ConfigDict
 
@@ -101,6 +101,8 @@ class FrontReplica:
 async def _serve(spec: FrontSpec) -> None:
     import uvicorn
 
+    from cluster.connection import bounded
+
     service = open_service(spec)
     front = spec.config.front
     app = build_app(spec, service)
@@ -112,6 +114,7 @@ async def _serve(spec: FrontSpec) -> None:
             port=front.port,
             log_level="warning",
             access_log=False,
+            http=cast(Any, bounded(front)),
             ssl_certfile=front.tls_cert,
             ssl_keyfile=front.tls_key,
             timeout_graceful_shutdown=2,

@@ -15,6 +15,9 @@ from cluster.api.errors import HttpError, from_validation
 from cluster.api.state import ApiState
 from penstock.errors import InvalidRequestError
 
+MOST_DEPTH = 100
+"""How deep lists and objects of a body may nest."""
+
 B = TypeVar("B", bound=BaseModel)
 # How much of a body that is too large is read and dropped, so that its sender can read the refusal
 # (a connection closed while it still writes would show it a broken pipe instead).
@@ -68,7 +71,26 @@ def parse(schema: type[B], raw: bytes) -> B:
         raise InvalidRequestError(
             f"the body is not valid JSON: {reason}", code="invalid_json"
         ) from (error)
+    if raw.count(b"[") + raw.count(b"{") > MOST_DEPTH:
+        _check_depth(content)
     try:
         return schema.model_validate(content)
     except ValidationError as error:
         raise from_validation(error) from error
+
+
+def _check_depth(content: object) -> None:
+    """Raises `InvalidRequestError` for what code that descends could not follow."""
+    level, depth = [content], 0
+    while level:
+        if depth > MOST_DEPTH:
+            raise InvalidRequestError(
+                f"the body nests deeper than {MOST_DEPTH} levels", code="invalid_json"
+            )
+        deeper: list[object] = []
+        for each in level:
+            if isinstance(each, dict):
+                deeper += [value for value in each.values() if isinstance(value, dict | list)]
+            elif isinstance(each, list):
+                deeper += [value for value in each if isinstance(value, dict | list)]
+        level, depth = deeper, depth + 1

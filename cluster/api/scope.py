@@ -20,6 +20,8 @@ from penstock.telemetry import request_scope
 
 _log = logging.getLogger(__name__)
 _LONGEST_ID = 128
+# Uploads are written away as they come.
+_ON_DISK = "/v1/files"
 _OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics", "/docs", "/openapi.json"})
 # What a key must be allowed to do, by the beginning of the path; elsewhere any valid key will do.
 _SCOPES: tuple[tuple[str, ApiScope], ...] = (
@@ -51,6 +53,8 @@ class RequestScope:
         header = (b"x-request-id", request_id.encode())
         status = 0
         admission: Admission | None = None
+        on_disk = scope["path"].startswith(_ON_DISK)
+        receive, release = self._state.bodies.guard(receive, counted=not on_disk)
 
         async def tagged(message: Message) -> None:
             nonlocal status
@@ -69,6 +73,7 @@ class RequestScope:
         with request_scope(request_id):
             try:
                 admission = self._admit(scope, wrong_id)
+                _refuse_encoded(scope)
                 with charged_to(admission):
                     await self._app(scope, receive, tagged)
             except PenstockError as error:
@@ -81,6 +86,7 @@ class RequestScope:
                 if not status:
                     await errors.response(errors.unexpected())(scope, receive, tagged)
             finally:
+                release()
                 if admission is not None:
                     admission.leave()
                 self._count(scope, status, time.monotonic() - started)
@@ -114,6 +120,17 @@ class RequestScope:
             scope["method"],
             path,
             extra={"facts": {"status": status or 499, "took_s": round(took_s, 6)}},
+        )
+
+
+def _refuse_encoded(scope: Scope) -> None:
+    """Nothing here unpacks: a small body can never become a large one."""
+    encoding = _header(scope, b"content-encoding")
+    if encoding is not None and encoding.strip().lower() not in ("", "identity"):
+        raise errors.HttpError(
+            415,
+            f"content-encoding {encoding[:40]!a} is not accepted; send the body as it is",
+            code="unsupported_content_encoding",
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from cluster.api.bodies import Bodies
 from cluster.auth.authenticators import open_authenticator
 from cluster.auth.limiter import Limiter
 from cluster.auth.metered import MeteredService
@@ -53,6 +54,7 @@ class ApiState:
             api_keys=config.keys, keys_file=config.api_keys_file
         )
         self.limiter = Limiter()
+        self.bodies = Bodies(config)
         # Encoding holds a text, its tokens and their offsets; the threads bound how many at once.
         self._encoders = ThreadPoolExecutor(config.encode_threads, "encode")
 
