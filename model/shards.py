@@ -25,7 +25,7 @@ Bytes = npt.NDArray[np.uint8]
 INDEX_FILE = "model.safetensors.index.json"
 BUFFER_BYTES = 512 << 10
 """Most bytes read at once: what they become still fits a core's cache."""
-_LARGEST_HEADER = 128 << 20
+LARGEST_HEADER = 128 << 20
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
 _BITS |= {"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8}
 _BITS |= {"BOOL": 8, "F4": 4}
@@ -169,7 +169,7 @@ def _parse_header(path: Path) -> dict[str, Entry]:
     with path.open("rb") as file:
         total = os.fstat(file.fileno()).st_size
         size = int.from_bytes(file.read(8), "little")
-        if total < 8 or size > min(total - 8, _LARGEST_HEADER):
+        if total < 8 or size > min(total - 8, LARGEST_HEADER):
             raise ValueError(f"its header of {size} bytes does not fit its {total} bytes")
         raw: dict[str, Any] = json.loads(file.read(size))
     start, end = 8 + size, 8 + size

@@ -11,7 +11,7 @@ from penstock.errors import ModelLoadError
 
 SHIPPED = ("ledger",)
 FAKE = "fake"
-_LARGEST_JSON_BYTES = 256 << 20
+LARGEST_JSON_BYTES = 256 << 20
 
 
 def model_folder(model: str) -> Path | None:
@@ -36,7 +36,7 @@ def model_folder(model: str) -> Path | None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in `path`, {} if there is no such file. Raises `ModelLoadError` that names it."""
     try:
-        if path.stat().st_size > _LARGEST_JSON_BYTES:
+        if path.stat().st_size > LARGEST_JSON_BYTES:
             raise ModelLoadError(f"{path} is larger than any file of its kind")
         value = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -9,6 +9,9 @@ from penstock.errors import InvalidRequestError
 MOST_BIASED_TOKENS = 1024
 MOST_TOP_LOGPROBS = 20
 
+MOST_STOPS = 16
+LONGEST_STOP = 256
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -90,9 +93,11 @@ class StopRule:
                 f"not {self.min_tokens}",
                 param="min_tokens",
             )
-        if len(self.strings) > 16 or any(not s or len(s) > 256 for s in self.strings):
+        fits = all(0 < len(each) <= LONGEST_STOP for each in self.strings)
+        if len(self.strings) > MOST_STOPS or not fits:
             raise InvalidRequestError(
-                "stop takes at most 16 strings of 1 to 256 characters", param="stop"
+                f"stop takes at most {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters",
+                param="stop",
             )
 
 

@@ -17,6 +17,7 @@ from penstock.errors import InvalidRequestError
 from penstock.request import MOST_TOP_LOGPROBS, Sampling, StopRule
 
 MOST_CHOICES = 128
+LONGEST_SALT = 256
 """Answers in one response: prompts times n."""
 Fraction = Annotated[float, Field(allow_inf_nan=False)]
 T = TypeVar("T")
@@ -52,7 +53,7 @@ class Generation(Body):
     """Extension: name the spans of the prompt that attention selected."""
     logits_digest: bool | None = None
     """Extension: a digest of the logits that each token was drawn from, and the token ids."""
-    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    cache_salt: Annotated[str, Field(max_length=LONGEST_SALT)] | None = None
     """Extension: cached prefixes are shared only between requests of the same salt."""
     priority: int | None = None
     """Extension: accepted; every request has the same priority for now."""

@@ -19,7 +19,7 @@ from penstock.errors import InvalidRequestError, PenstockError
 from penstock.telemetry import request_scope
 
 _log = logging.getLogger(__name__)
-_LONGEST_ID = 128
+LONGEST_ID = 128
 # Uploads are written away as they come.
 _ON_DISK = "/v1/files"
 _OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics", "/docs", "/openapi.json"})
@@ -95,7 +95,7 @@ class RequestScope:
         """None: the path is open to all."""
         if wrong_id:
             raise InvalidRequestError(
-                f"X-Request-Id must be 1 to {_LONGEST_ID} printable ASCII characters",
+                f"X-Request-Id must be 1 to {LONGEST_ID} printable ASCII characters",
                 param="X-Request-Id",
                 code="invalid_request_id",
             )
@@ -143,5 +143,5 @@ def _header(scope: Scope, name: bytes) -> str | None:
 
 
 def _acceptable(request_id: str) -> bool:
-    in_bounds = 1 <= len(request_id) <= _LONGEST_ID
+    in_bounds = 1 <= len(request_id) <= LONGEST_ID
     return in_bounds and request_id.isascii() and request_id.isprintable() and " " not in request_id

@@ -16,7 +16,7 @@ from cluster.auth.keys import KeyFile, KeyRecord, digest_of, id_of, read_keys
 from penstock.errors import AuthenticationError, PenstockError
 
 _log = logging.getLogger(__name__)
-_LONGEST_KEY = 512
+LONGEST_KEY = 512
 RELOAD_S = 1.0
 """A change of the key file, a revocation too, holds at most this much later."""
 
@@ -141,7 +141,7 @@ def bearer(authorization: str | None) -> str:
     key = key.strip()
     if scheme.lower() != "bearer" or not key:
         raise AuthenticationError("send the API key as 'Authorization: Bearer KEY'")
-    if len(key) > _LONGEST_KEY:
+    if len(key) > LONGEST_KEY:
         raise AuthenticationError("this API key is not valid here")
     return key
 

@@ -14,7 +14,7 @@ from penstock.errors import InvalidRequestError
 ROLES = ("system", "developer", "user", "assistant")
 ALL_ROLES = (*ROLES, "tool", "latest_reminder")
 MOST_MESSAGES = 4096
-_MOST_CALLS = 1024
+MOST_CALLS = 1024
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,9 @@ def _calls(calls: Any, place: str, role: str) -> tuple[ToolCall, ...]:
         )
     if not isinstance(calls, list):
         raise wrong_type(f"{place}.tool_calls", "a list", calls)
-    if len(calls) > _MOST_CALLS:
+    if len(calls) > MOST_CALLS:
         raise InvalidRequestError(
-            f"{place}.tool_calls has {len(calls)} entries; at most {_MOST_CALLS} are taken",
+            f"{place}.tool_calls has {len(calls)} entries; at most {MOST_CALLS} are taken",
             param=f"{place}.tool_calls",
         )
     return tuple(_call(call, f"{place}.tool_calls[{i}]") for i, call in enumerate(calls))

@@ -21,7 +21,7 @@ from penstock.folder import read_json
 SOURCE = "encoding/encoding_dsv4.py"
 PREVIEW, OFFICIAL = "preview", "official"
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-_LARGEST_BYTES = 4 << 20
+LARGEST_BYTES = 4 << 20
 
 # Which tier of a checkpoint generation OpenAI's names mean (spec section 9, trap T30): the preview
 # has two, and only `max` adds a paragraph; the official ones have three, and `low` adds nothing.
@@ -157,7 +157,7 @@ def _template(found: Mapping[str, Any], name: str, known: set[str]) -> Template 
 def _literals(path: Path) -> dict[str, Any]:
     """Names that the module's top level binds to literals. Nothing is executed."""
     try:
-        if path.stat().st_size > _LARGEST_BYTES:
+        if path.stat().st_size > LARGEST_BYTES:
             raise ModelLoadError(f"{path} is larger than any file of its kind")
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
