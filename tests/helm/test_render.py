@@ -89,7 +89,7 @@ def test_roles_have_the_same_keys_in_the_same_order() -> None:
 def test_names_of_a_long_release_fit_what_kuberay_adds() -> None:
     done = chart.helm("template", "r" * 53, str(chart.CHART))
     assert done.returncode == 0, done.stderr
-    names = [d["metadata"]["name"] for d in yaml.safe_load_all(done.stdout) if d]
+    names = [d["metadata"]["name"] for d in chart.parse(done.stdout)]
     print(max(names, key=len))
     assert max(len(name) for name in names) <= 63
     service = next(n for n in names if n.startswith("r") and len(n) <= 40)
@@ -106,7 +106,7 @@ def test_the_chart_is_whole_without_dashboards_and_rules(tmp_path: Path) -> None
     flags = [f for key in ("dashboards", "prometheusRule") for f in ("--set", on.format(key))]
     done = chart.helm("template", "x", str(copy), *flags)
     assert done.returncode == 0, done.stderr
-    kinds = [d["kind"] for d in yaml.safe_load_all(done.stdout) if d]
+    kinds = [d["kind"] for d in chart.parse(done.stdout)]
     assert "PrometheusRule" not in kinds
 
 
@@ -123,6 +123,6 @@ def test_dashboards_and_rules_reach_grafana_and_prometheus(tmp_path: Path) -> No
     flags = ["--set", "monitoring.dashboards=true", "--set", "monitoring.prometheusRule=true"]
     done = chart.helm("template", "x", str(copy), *flags)
     assert done.returncode == 0, done.stderr
-    docs = [d for d in yaml.safe_load_all(done.stdout) if d]
+    docs = chart.parse(done.stdout)
     assert "one.json" in chart.one(docs, "ConfigMap", "-dashboards")["data"]
     assert rules["groups"][0] in chart.one(docs, "PrometheusRule")["spec"]["groups"]

@@ -13,7 +13,7 @@
 {{- if has $source.type (list "hub" "object") -}}
 {{- if not $source.uri -}}{{- fail "model.source.uri: name the model to fetch" -}}{{- end -}}
 {{- if not (and $source.digest $source.configDigest) -}}
-{{- fail "model.source.digest and model.source.configDigest: `penstock fetch` prints both; nothing is served unchecked" -}}
+{{- fail "model.source.digest: give it and configDigest, as `penstock fetch` prints them; nothing is served unchecked" -}}
 {{- end -}}
 {{- end -}}
 {{- $path := $source.path | default (ternary "" "model" (eq $source.type "pvc")) -}}
