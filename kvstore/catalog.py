@@ -3,18 +3,18 @@
 Pure: no I/O, no bytes, an injected clock. A call that makes objects disappear records their ids;
 the node takes them with `take_dropped` in the same step and lets go of the bytes and index entries.
 
-An object is evictable if nobody leases it and nobody reads it. Evictable objects leave in the order
-in which they became so. A rolling object that its owner has left goes with its last lease or
-reader.
+An object is evictable if nobody leases it and nobody reads it. Which of those leave first is the
+policy's decision (`kvstore/policy`), which is told of everything here. A rolling object that its
+owner has left goes with its last lease or reader.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.leases import LeaseTable
+from kvstore.policy.contracts import EvictionPolicy, Resident
 from penstock.blocks import ObjectKind
 from penstock.errors import InvalidRequestError, OverloadedError
 
@@ -40,6 +40,8 @@ class Entry:
     digest: bytes
     retained: bool
     """Someone put it as a lasting object; a rolling slot that moves on leaves it alone."""
+    last_owner: str
+    """Who leased or put it last; another one is a use in the policy's sense."""
     readers: int = 0
     slots: set[str] = field(default_factory=set)
     """Owners whose rolling slot points here."""
@@ -69,30 +71,16 @@ class Usage:
     evictions: int
 
 
-def choose_victims(
-    idle: Iterable[tuple[bytes, int]], *, need_bytes: int, need_objects: int
-) -> list[bytes] | None:
-    """The shortest head of `idle` (oldest first) that frees enough; None if all of it does not."""
-    victims: list[bytes] = []
-    if need_bytes <= 0 and need_objects <= 0:
-        return victims
-    for id_, size_bytes in idle:
-        victims.append(id_)
-        need_bytes -= size_bytes
-        if need_bytes <= 0 and len(victims) >= need_objects:
-            return victims
-    return None
-
-
 class Catalog:
     """The node's truth about its objects. Single-threaded: the node calls it from one loop."""
 
-    def __init__(self, limits: Limits, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, limits: Limits, *, policy: EvictionPolicy, clock: Callable[[], float]
+    ) -> None:
         self.limits = limits
+        self._policy = policy
         self._clock = clock
         self._entries: dict[bytes, Entry] = {}
-        self._idle: OrderedDict[bytes, int] = OrderedDict()
-        self._idle_bytes = 0
         self._leases = LeaseTable()
         self._slots: dict[str, bytes] = {}
         self._reservations: set[Reservation] = set()
@@ -158,10 +146,21 @@ class Catalog:
             self._reserved_bytes -= reservation.size_bytes
 
     def commit(
-        self, reservation: Reservation, *, digest: bytes, owner: str, ttl_s: float, rolling: bool
+        self,
+        reservation: Reservation,
+        *,
+        digest: bytes,
+        owner: str,
+        ttl_s: float,
+        rolling: bool,
+        parent: bytes = b"",
+        position: int = 0,
     ) -> bool:
         """Make the object visible. False if another writer was first: the caller's lease holds all
         the same, its bytes are given back.
+
+        `parent` (id of the block before it) and `position` (tokens up to and with it) are for the
+        policy.
         """
         if not reservation.open:
             raise ValueError("a reservation can be committed once and not after abort")
@@ -170,9 +169,15 @@ class Catalog:
         if self.adopt(reservation.id, owner=owner, ttl_s=ttl_s, rolling=rolling):
             return False
         entry = Entry(
-            reservation.id, reservation.kind, reservation.size_bytes, digest, retained=not rolling
+            reservation.id,
+            reservation.kind,
+            reservation.size_bytes,
+            digest,
+            retained=not rolling,
+            last_owner=owner,
         )
         self._entries[entry.id] = entry
+        self._policy.insert(Resident(entry.id, parent, entry.kind, entry.size_bytes, position))
         self._used_bytes += entry.size_bytes
         self._hold(entry, owner=owner, ttl_s=ttl_s)
         if rolling:
@@ -251,6 +256,9 @@ class Catalog:
 
     def _hold(self, entry: Entry, *, owner: str, ttl_s: float) -> None:
         if ttl_s > 0 and owner:
+            if owner != entry.last_owner:
+                entry.last_owner = owner
+                self._policy.used(entry.id)
             ttl_s = min(ttl_s, self.limits.max_lease_ttl_s)
             self._leases.take(owner, entry.id, self._clock() + ttl_s)
 
@@ -278,30 +286,25 @@ class Catalog:
         self._settle(entry)
 
     def _settle(self, entry: Entry) -> None:
-        """Put the entry where its leases and readers say: evictable (newest last) or not."""
+        """Tell the policy whether its leases and readers let it go."""
         if entry.readers or self._leases.is_leased(entry.id):
-            if self._idle.pop(entry.id, None) is not None:
-                self._idle_bytes -= entry.size_bytes
-            return
-        if entry.id not in self._idle:
-            self._idle[entry.id] = entry.size_bytes
-            self._idle_bytes += entry.size_bytes
-        self._idle.move_to_end(entry.id)
+            self._policy.hold(entry.id)
+        else:
+            self._policy.free(entry.id)
 
     def _make_room(self, size_bytes: int) -> None:
         held = self._used_bytes + self._reserved_bytes
         need_bytes = held + size_bytes - self.limits.capacity_bytes
         count = len(self._entries) + len(self._reservations)
         need_objects = count + 1 - self.limits.max_objects
-        victims = None
-        if need_bytes <= self._idle_bytes:
-            victims = choose_victims(
-                self._idle.items(), need_bytes=need_bytes, need_objects=need_objects
-            )
+        victims: list[bytes] | None = []
+        if need_bytes > 0 or need_objects > 0:
+            victims = self._policy.victims(need_bytes=need_bytes, need_objects=need_objects)
         if victims is None:
             raise OverloadedError(
-                f"the store is full: {held - self._idle_bytes} of its {self.limits.capacity_bytes} "
-                f"bytes are leased, read or being written, and {size_bytes} more do not fit"
+                f"the store is full: {held - self._policy.idle_bytes} of its "
+                f"{self.limits.capacity_bytes} bytes are leased, read or being written, and "
+                f"{size_bytes} more do not fit"
             )
         for id_ in victims:
             self._remove(self._entries[id_])
@@ -310,8 +313,7 @@ class Catalog:
     def _remove(self, entry: Entry) -> None:
         del self._entries[entry.id]
         self._used_bytes -= entry.size_bytes
-        if self._idle.pop(entry.id, None) is not None:
-            self._idle_bytes -= entry.size_bytes
+        self._policy.remove(entry.id)
         for owner in entry.slots:
             del self._slots[owner]
         self._dropped.append(entry.id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from kvstore.policy.choice import Eviction
 from penstock.peers import ALONE, Peers
 from penstock.telemetry_spec import TelemetrySpec
 
@@ -22,6 +23,8 @@ class StoreConfig(BaseModel):
     """Name in the index; empty: a random one for each start."""
     memory_bytes: int = Field(default=1 << 30, ge=1)
     """Budget of the memory tier: payload and headers of all objects, reservations included."""
+    eviction: Eviction = Eviction.REUSE
+    """Which objects leave a full store first."""
     max_object_bytes: int = Field(default=1 << 28, ge=1)
     """Largest single object."""
     max_objects: int = Field(default=1 << 20, ge=1)

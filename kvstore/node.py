@@ -17,8 +17,10 @@ from kvstore.codec import DIGEST_BYTES, check_id, object_kind, read_header
 from kvstore.config import MAX_IDS_PER_CALL, StoreConfig
 from kvstore.contracts import Buffer, Index, StoreStat
 from kvstore.memory import MemoryTier
-from penstock.blocks import ObjectKind
+from kvstore.policy.choice import open_policy
+from penstock.blocks import BLOCK_TOKENS, ObjectKind
 from penstock.errors import BlockIntegrityError, InvalidRequestError, OverloadedError
+from protos.penstock.kv.v1 import kv_pb2
 
 MAX_OWNER_CHARS = 256
 
@@ -44,7 +46,8 @@ class StoreNode:
             max_leases=config.max_leases,
             max_lease_ttl_s=config.max_lease_ttl_s,
         )
-        self._catalog = Catalog(limits, clock=clock)
+        policy = open_policy(config.eviction, config.memory_bytes)
+        self._catalog = Catalog(limits, policy=policy, clock=clock)
         self._memory = MemoryTier()
         self._waiters: dict[bytes, set[asyncio.Future[None]]] = {}
         self._open_gets = 0
@@ -173,9 +176,20 @@ class StoreNode:
                 if not waiting:
                     del self._waiters[id_]
 
-    def _commit(self, put: OpenPut, data: bytearray, digest: bytes) -> bool:
+    def _commit(
+        self, put: OpenPut, data: bytearray, digest: bytes, header: kv_pb2.ObjectHeader
+    ) -> bool:
+        position = header.index
+        if put.reservation.kind is ObjectKind.BLOCK:
+            position = (header.index + 1) * BLOCK_TOKENS
         fresh = self._catalog.commit(
-            put.reservation, digest=digest, owner=put.owner, ttl_s=put.ttl_s, rolling=put.rolling
+            put.reservation,
+            digest=digest,
+            owner=put.owner,
+            ttl_s=put.ttl_s,
+            rolling=put.rolling,
+            parent=header.parent,
+            position=position,
         )
         if fresh:
             id_ = put.reservation.id
@@ -232,15 +246,15 @@ class OpenPut:
                 )
             if len(digest) != DIGEST_BYTES:
                 raise InvalidRequestError(f"a digest has {DIGEST_BYTES} bytes, not {len(digest)}")
-            self._check(digest)
-            return self._node._commit(self, self._data, digest)
+            header = self._check(digest)
+            return self._node._commit(self, self._data, digest, header)
         finally:
             self.abort()
 
     def abort(self) -> None:
         self._node._catalog.abort(self.reservation)
 
-    def _check(self, digest: bytes) -> None:
+    def _check(self, digest: bytes) -> kv_pb2.ObjectHeader:
         try:
             if self._hasher.digest() != digest:
                 raise BlockIntegrityError("the object's bytes do not match the digest of commit")
@@ -248,6 +262,7 @@ class OpenPut:
             kind = object_kind(header.kind)
             if header.id != self.reservation.id or kind is not self.reservation.kind:
                 raise BlockIntegrityError("the object's header does not match its reservation")
+            return header
         except (BlockIntegrityError, InvalidRequestError):
             self._node._integrity_failures += 1
             raise

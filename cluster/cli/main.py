@@ -22,6 +22,7 @@ from cluster.cli import (
     doctor,
     fetch,
     keys,
+    kv,
     kvstore,
     logits,
     serve,
@@ -48,6 +49,7 @@ def build() -> typer.Typer:
     config.register(app)
     keys.register(app)
     certs.register(app)
+    kv.register(app)
     return app
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvstore.catalog import Catalog, Entry, Limits, Reservation, choose_victims
+from kvstore.catalog import Catalog, Entry, Limits, Reservation
 from kvstore.leases import LeaseTable
+from kvstore.policy.choice import Eviction, open_policy
 from penstock.blocks import ObjectKind
 from penstock.errors import InvalidRequestError, OverloadedError
 
@@ -26,13 +28,19 @@ LIMITS = Limits(
 )
 
 
+def new_catalog(clock: Callable[[], float], eviction: Eviction = Eviction.REUSE) -> Catalog:
+    return Catalog(LIMITS, policy=open_policy(eviction, CAPACITY_BYTES), clock=clock)
+
+
 class CatalogMachine(RuleBasedStateMachine):
     """Beside the catalogue runs a model that knows only the promises, not the mechanism."""
+
+    eviction = Eviction.REUSE
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.catalog = Catalog(LIMITS, clock=lambda: self.now)
+        self.catalog = new_catalog(lambda: self.now, self.eviction)
         self.sizes: dict[bytes, int] = {}
         self.leases: dict[tuple[str, bytes], float] = {}
         self.retained: set[bytes] = set()
@@ -40,10 +48,10 @@ class CatalogMachine(RuleBasedStateMachine):
         self.writers: list[Reservation] = []
         self.readers: list[Entry] = []
 
-    @rule(id_=st.sampled_from(IDS), size=st.integers(1, 60))
-    def reserve(self, id_: bytes, size: int) -> None:
+    @rule(id_=st.sampled_from(IDS), size=st.integers(1, 60), kind=st.sampled_from(list(ObjectKind)))
+    def reserve(self, id_: bytes, size: int, kind: ObjectKind) -> None:
         try:
-            self.writers.append(self.catalog.reserve(id_, ObjectKind.BLOCK, size))
+            self.writers.append(self.catalog.reserve(id_, kind, size))
         except OverloadedError:
             assert not self.catalog.take_dropped(), "a refusal must not cost anybody an object"
             idle = [i for i in self.sizes if not self.is_held(i)]
@@ -59,11 +67,23 @@ class CatalogMachine(RuleBasedStateMachine):
         owner=st.sampled_from(OWNERS),
         ttl=st.sampled_from([0.0, 5.0, 100.0]),
         rolling=st.booleans(),
+        parent=st.sampled_from([b"", *IDS]),
+        position=st.integers(0, 1 << 20),
     )
-    def commit(self, data: Any, owner: str, ttl: float, rolling: bool) -> None:
+    def commit(
+        self, data: Any, owner: str, ttl: float, rolling: bool, parent: bytes, position: int
+    ) -> None:
         writer = self.take(self.writers, data)
         there = writer.id in self.sizes
-        fresh = self.catalog.commit(writer, digest=b"", owner=owner, ttl_s=ttl, rolling=rolling)
+        fresh = self.catalog.commit(
+            writer,
+            digest=b"",
+            owner=owner,
+            ttl_s=ttl,
+            rolling=rolling,
+            parent=parent,
+            position=position,
+        )
         assert fresh is not there
         if fresh:
             self.sizes[writer.id] = writer.size_bytes
@@ -191,33 +211,37 @@ class CatalogMachine(RuleBasedStateMachine):
         assert id_ not in self.sizes or self.is_held(id_), "a superseded rolling object goes"
 
 
+class LruMachine(CatalogMachine):
+    eviction = Eviction.LRU
+
+
+class S3FifoMachine(CatalogMachine):
+    eviction = Eviction.S3_FIFO
+
+
 TestCatalog = CatalogMachine.TestCase
 TestCatalog.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestCatalogWithLru = LruMachine.TestCase
+TestCatalogWithLru.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestCatalogWithS3Fifo = S3FifoMachine.TestCase
+TestCatalogWithS3Fifo.settings = TestCatalogWithLru.settings
 
 
 def test_what_nobody_can_take_is_refused_for_good() -> None:
-    catalog = Catalog(LIMITS, clock=lambda: 0.0)
+    catalog = new_catalog(lambda: 0.0)
     for size in (0, 61, 1000):
         with pytest.raises(InvalidRequestError):
             catalog.reserve(IDS[0], ObjectKind.BLOCK, size)
 
 
 def test_a_released_prefix_is_evicted_from_its_leaf() -> None:
-    catalog = Catalog(LIMITS, clock=lambda: 0.0)
+    catalog = new_catalog(lambda: 0.0)
     for id_ in IDS[:4]:
         reservation = catalog.reserve(id_, ObjectKind.BLOCK, 25)
         catalog.commit(reservation, digest=b"", owner="a", ttl_s=10, rolling=False)
     catalog.release("a")
     catalog.reserve(IDS[5], ObjectKind.BLOCK, 50)
     assert catalog.take_dropped() == [IDS[3], IDS[2]]
-
-
-def test_victims_are_the_shortest_head_that_frees_enough() -> None:
-    idle = [(b"a", 10), (b"b", 20), (b"c", 30)]
-    assert choose_victims(idle, need_bytes=0, need_objects=0) == []
-    assert choose_victims(idle, need_bytes=11, need_objects=0) == [b"a", b"b"]
-    assert choose_victims(idle, need_bytes=0, need_objects=1) == [b"a"]
-    assert choose_victims(idle, need_bytes=61, need_objects=0) is None
 
 
 def test_renewing_a_lease_costs_no_memory() -> None:
@@ -233,7 +257,7 @@ def test_renewing_a_lease_costs_no_memory() -> None:
 
 
 def test_what_is_being_read_is_never_evicted() -> None:
-    catalog = Catalog(LIMITS, clock=lambda: 0.0)
+    catalog = new_catalog(lambda: 0.0)
     reservation = catalog.reserve(IDS[0], ObjectKind.BLOCK, 60)
     catalog.commit(reservation, digest=b"", owner="", ttl_s=0, rolling=False)
     entry = catalog.open_read(IDS[0])
@@ -246,7 +270,7 @@ def test_what_is_being_read_is_never_evicted() -> None:
 
 
 def test_a_rolling_object_put_twice_does_not_replace_itself() -> None:
-    catalog = Catalog(LIMITS, clock=lambda: 0.0)
+    catalog = new_catalog(lambda: 0.0)
     reservation = catalog.reserve(IDS[0], ObjectKind.STATE, 10)
     catalog.commit(reservation, digest=b"", owner="a", ttl_s=5, rolling=True)
     assert catalog.adopt(IDS[0], owner="a", ttl_s=5, rolling=True)
@@ -255,7 +279,7 @@ def test_a_rolling_object_put_twice_does_not_replace_itself() -> None:
 
 
 def test_a_rolling_object_released_while_it_is_read_goes_with_its_reader() -> None:
-    catalog = Catalog(LIMITS, clock=lambda: 0.0)
+    catalog = new_catalog(lambda: 0.0)
     reservation = catalog.reserve(IDS[0], ObjectKind.STATE, 10)
     catalog.commit(reservation, digest=b"", owner="a", ttl_s=5, rolling=True)
     read = catalog.open_read(IDS[0])

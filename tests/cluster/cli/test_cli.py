@@ -23,7 +23,7 @@ from penstock.telemetry import Telemetry
 from penstock.tokenizer import ByteTokenizer
 from tests.penstock import v4_folder as v4
 
-COMMANDS = ("serve", "demo", "ask", "logits", "config", "doctor", "keys")
+COMMANDS = ("serve", "demo", "ask", "logits", "config", "doctor", "keys", "kv")
 
 
 def penstock(*args: str, **env: str) -> subprocess.CompletedProcess[str]:

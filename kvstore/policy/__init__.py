@@ -1,0 +1,1 @@
+"""Which objects leave a full store: pure policies behind one contract, and their replay."""
