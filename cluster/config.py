@@ -23,6 +23,7 @@ from penstock.telemetry_spec import TelemetrySpec
 from penstock.worker import ModelSpec, RankSpec
 
 ENV_PREFIX = "PENSTOCK_"
+_OTLP_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 # Read by rooms that start without this file.
 _ELSEWHERE = frozenset({"kernels"})
 SECRETS = frozenset(
@@ -273,10 +274,12 @@ def resolve(
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
+    env = os.environ if env is None else env
     layers = (
+        _from_standard(env),
         _from_file(file),
         _from_sections(settings or {}, "settings"),
-        _from_env(os.environ if env is None else env),
+        _from_env(env),
     )
     for layer in (*layers, [(n, v, "command line") for n, v in (flags or {}).items()]):
         for name, value, origin in layer:
@@ -332,6 +335,12 @@ def _from_env(env: Mapping[str, str]) -> _Layer:
             continue
         _known_section(section, f"env {variable}")
         yield f"{section}.{name.lower().replace('__', '.')}", value, f"env {variable}"
+
+
+def _from_standard(env: Mapping[str, str]) -> _Layer:
+    """Variables that others have named; everything of our own goes before them."""
+    if endpoint := env.get(_OTLP_VARIABLE):
+        yield "telemetry.otlp_endpoint", endpoint, f"env {_OTLP_VARIABLE}"
 
 
 def _known_section(section: str, origin: str) -> None:

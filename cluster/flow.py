@@ -32,6 +32,7 @@ from cluster.router import Router
 from cluster.workers import Hold, StoreNode, WorkerCalls
 from penstock.errors import PenstockError, UnavailableError, WorkerUnavailableError
 from penstock.request import Event, Finish, Request, TokenChunk, Usage
+from penstock.telemetry import trace
 
 # Events between the workers' streams and the client. A slow client stops the streams, it never
 # fills memory.
@@ -53,7 +54,8 @@ class Flow:
 
     async def generate(self, request: Request) -> AsyncIterator[Event]:
         """The page that tells the story. Raises the first error of any step."""
-        route = await self._router.route(total_tokens=request.total_tokens)
+        with trace.span("route"):
+            route = await self._router.route(total_tokens=request.total_tokens)
         events: asyncio.Queue[Event | PenstockError] = asyncio.Queue(_QUEUE_EVENTS)
         with self._router.charged(
             route, prompt_tokens=len(request.token_ids), total_tokens=request.total_tokens
@@ -85,22 +87,24 @@ class Flow:
             nonlocal cached
             await granted.wait()
             timings["reserve_s"] = time.monotonic() - started
-            async for progress in self._calls.prefill(route.prefill, request):
-                cached = progress.cached_tokens
-                await events.put(progress)
+            with trace.span("prefill", worker=route.prefill.worker_id):
+                async for progress in self._calls.prefill(route.prefill, request):
+                    cached = progress.cached_tokens
+                    await events.put(progress)
             timings["prefill_s"] = time.monotonic() - started
 
         async def decode() -> None:
-            async for event in self._calls.decode(route.decode, request, granted):
-                if isinstance(event, TokenChunk):
-                    timings.setdefault("ttft_s", time.monotonic() - started)
-                    await events.put(event)
-                    continue
-                # The count of cached tokens is prefill's; its stream ends with the hand-over.
-                await reading
-                timings["total_s"] = time.monotonic() - started
-                usage = Usage(len(request.token_ids), cached, event.completion_tokens)
-                await events.put(Finish(event.reason, usage, event.text, timings))
+            with trace.span("decode", worker=route.decode.worker_id):
+                async for event in self._calls.decode(route.decode, request, granted):
+                    if isinstance(event, TokenChunk):
+                        timings.setdefault("ttft_s", time.monotonic() - started)
+                        await events.put(event)
+                        continue
+                    # The count of cached tokens is prefill's; its stream ends with the hand-over.
+                    await reading
+                    timings["total_s"] = time.monotonic() - started
+                    usage = Usage(len(request.token_ids), cached, event.completion_tokens)
+                    await events.put(Finish(event.reason, usage, event.text, timings))
 
         reading = asyncio.create_task(prefill())
         writing = asyncio.create_task(decode())

@@ -64,6 +64,7 @@ def build_app(spec: FrontSpec, service: Flow) -> FastAPI:
     from penstock.chat import open_chat
     from penstock.folder import sampling_defaults
     from penstock.telemetry import Telemetry
+    from penstock.telemetry.otlp import open_tracer
     from penstock.tokenizer import open_tokenizer
 
     model = spec.config.model.model
@@ -74,7 +75,7 @@ def build_app(spec: FrontSpec, service: Flow) -> FastAPI:
         tokenizer=tokenizer,
         chat=chat,
         config=spec.config.front,
-        telemetry=Telemetry(),
+        telemetry=Telemetry(open_tracer(spec.config.telemetry, process="front")),
         sampling_defaults=sampling_defaults(model),
     )
 
@@ -96,6 +97,7 @@ class FrontReplica:
     async def __del__(self) -> None:
         self._exporter.close()
         await self._service.close()
+        await self._app.state.penstock.telemetry.tracer.close()
 
 
 async def _serve(spec: FrontSpec) -> None:
@@ -129,6 +131,7 @@ async def _serve(spec: FrontSpec) -> None:
     await serving
     exporter.close()
     await service.close()
+    await app.state.penstock.telemetry.tracer.close()
 
 
 def main() -> int:

@@ -24,6 +24,7 @@ from penstock.errors import DeadlineError, PenstockError
 from penstock.identity import Chain
 from penstock.request import Sampling, StopRule
 from penstock.telemetry import catalog as M
+from penstock.telemetry import trace
 from penstock.telemetry.meters import NO_METER, Meter
 
 FLUSH_BEFORE_END_S = 1.0
@@ -88,20 +89,26 @@ class AnswerRunner:
         Raises ContextLengthError and OverloadedError before any event, DeadlineError and
         StoreUnavailableError while it waits for the prompt.
         """
+        arrived = time.monotonic()
         need = Need(order.capacity, self.engine.bytes_for(order.capacity))
         async with (
             self.admission.reserved(need, timeout_s=order.admission_timeout_s),
             self._held(order) as held,
         ):
             self.meter.add(M.EVIDENCE_REQUESTS, order.wishes.evidence)
+            trace.record("reserve", time.monotonic() - arrived, reserved_bytes=need.size_bytes)
             await listener.granted(need)
-            await self._attach(order, held.sequence)
+            with trace.span("attach", prompt_tokens=order.prompt_tokens):
+                await self._attach(order, held.sequence)
             stream = held.join(Output(order.rule, self.engine.info.eos_token_ids, held.text))
             index = 0
-            while drawn := await stream.take():
-                await listener.tokens(index, drawn)
-                index += len(drawn)
-            await held.flush()
+            with trace.span("generate"):
+                while drawn := await stream.take():
+                    await listener.tokens(index, drawn)
+                    index += len(drawn)
+                trace.note(tokens=index, reason=stream.reason or "")
+            with trace.span("flush"):
+                await held.flush()
             await listener.finished(stream.reason or "", index, stream.output.close())
 
     async def settle(self) -> None:

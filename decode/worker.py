@@ -38,6 +38,8 @@ from penstock.rpc import (
 )
 from penstock.telemetry import catalog as M
 from penstock.telemetry.meters import Meters
+from penstock.telemetry.otlp import open_tracer
+from penstock.telemetry.trace import NO_TRACER, Tracer
 from penstock.telemetry.workers import worker_meters
 from penstock.tokenizer import open_tokenizer
 from penstock.worker import WorkerSpec
@@ -62,6 +64,7 @@ async def open_worker(spec: WorkerSpec, start: RankStarter = ChildRank) -> Decod
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise ModelLoadError(f"the model '{spec.model.model}' cannot be opened: {error}") from error
     meters = worker_meters("decode", spec.worker_id)
+    tracer = open_tracer(spec.telemetry, process="decode", instance=spec.worker_id)
     store = StoreClient(
         spec.store_address,
         fingerprint=engine.info.fingerprint,
@@ -77,9 +80,10 @@ async def open_worker(spec: WorkerSpec, start: RankStarter = ChildRank) -> Decod
         store,
         directory,
         decode_bytes=None if tokenizer is None else tokenizer.decode_bytes,
-        close_with=(store.close, directory.close),
+        close_with=(store.close, directory.close, tracer.close),
         owns_engine=True,
         meters=meters,
+        tracer=tracer,
     )
 
 
@@ -101,6 +105,7 @@ class DecodeWorker:
         close_with: Sequence[Callable[[], Awaitable[None]]] = (),
         owns_engine: bool = False,
         meters: Meters | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self.spec = spec
         self.meters = meters or worker_meters("decode", spec.worker_id)
@@ -118,7 +123,14 @@ class DecodeWorker:
         self._host = WorkerHost(
             spec,
             SERVICE,
-            {"Generate": unary_stream(worker_pb2.GenerateRequest, self._generate)},
+            {
+                "Generate": unary_stream(
+                    worker_pb2.GenerateRequest,
+                    self._generate,
+                    name="Decode/Generate",
+                    tracer=tracer,
+                )
+            },
             describe=self.describe,
             registry=directory,
             meters=self.meters,

@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     cluster_token_file=options.cluster_token_file,
                 ),
                 telemetry=TelemetrySpec(
-                    metrics_host=options.metrics_host, metrics_port=options.metrics_port
+                    metrics_host=options.metrics_host,
+                    metrics_port=options.metrics_port,
+                    otlp_endpoint=options.otlp_endpoint,
                 ),
             )
     except ValidationError as error:
@@ -85,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=_setting("TELEMETRY__METRICS_PORT"),
         help="serve GET /metrics there too; 0: a free port",
+    )
+    parser.add_argument(
+        "--otlp-endpoint",
+        default=_setting("TELEMETRY__OTLP_ENDPOINT")
+        or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"),
+        metavar="URL",
+        help="collector of traces",
     )
     parser.add_argument(
         "--config-stdin",

@@ -19,6 +19,7 @@ from penstock.errors import (
     StoreUnavailableError,
     from_code,
 )
+from penstock.telemetry.trace import NO_TRACER, Tracer
 
 CODE_KEY = "penstock-code"
 RETRY_KEY = "retry-after-ms"
@@ -43,12 +44,21 @@ async def abort_with(context: Any, error: PenstockError) -> None:
     await context.abort(code, error.message, trailing_metadata=tuple(metadata))
 
 
-def unary(request_type: type[Request], call: Callable[[Request], Awaitable[Message]]) -> Any:
-    """A unary method handler that parses, calls and maps errors."""
+def unary(
+    request_type: type[Request],
+    call: Callable[[Request], Awaitable[Message]],
+    *,
+    name: str = "",
+    tracer: Tracer = NO_TRACER,
+) -> Any:
+    """A unary method handler that parses, calls and maps errors; with a `tracer`, a span `name` of
+    the trace that a call carries.
+    """
 
     async def handle(raw: bytes, context: Any) -> bytes:
         try:
-            return (await call(parse(request_type, raw))).SerializeToString()
+            with tracer.entry(name, context.invocation_metadata() or ()):
+                return (await call(parse(request_type, raw))).SerializeToString()
         except PenstockError as error:
             await abort_with(context, error)
             raise

@@ -22,6 +22,8 @@ from penstock import transport
 from penstock.errors import IndexUnavailableError, UsageError
 from penstock.peers import ALONE, Peers
 from penstock.telemetry.exporter import HttpExporter, metrics_handler
+from penstock.telemetry.otlp import open_tracer
+from penstock.telemetry.trace import Tracer
 from penstock.telemetry_spec import QUIET, TelemetrySpec
 
 _STOP_GRACE_S = 1.0
@@ -31,13 +33,20 @@ class StoreServer:
     """One running node. Made by `start_server`; `stop` may be called again."""
 
     def __init__(
-        self, node: StoreNode, index: Index, server: Any, address: str, exporter: HttpExporter
+        self,
+        node: StoreNode,
+        index: Index,
+        server: Any,
+        address: str,
+        exporter: HttpExporter,
+        tracer: Tracer,
     ) -> None:
         self.node = node
         self.address = address
         self._index = index
         self._server = server
         self._exporter = exporter
+        self._tracer = tracer
         self._health: Any = health.HealthServicer()
         self._announcing: asyncio.Task[None] | None = None
 
@@ -63,6 +72,7 @@ class StoreServer:
             await asyncio.gather(self._announcing, return_exceptions=True)
             self._announcing = None
         await self._index.close()
+        await self._tracer.close()
 
 
 async def start_server(
@@ -86,9 +96,10 @@ async def start_server(
         interceptors=gates,
     )
     meters = store_meters(node)
+    tracer = open_tracer(telemetry, process="store", instance=node_id)
     server.add_generic_rpc_handlers(
         (
-            service.KvStoreService(node).handlers(),
+            service.KvStoreService(node, tracer).handlers(),
             directory.DirectoryService(workers, epoch=node.epoch).handlers(),
             metrics_handler(meters),
         )
@@ -96,7 +107,8 @@ async def start_server(
     running: StoreServer | None = None
     try:
         exporter = HttpExporter(meters, telemetry)
-        running = StoreServer(node, index, server, _bind(server, config.listen, peers), exporter)
+        address = _bind(server, config.listen, peers)
+        running = StoreServer(node, index, server, address, exporter, tracer)
         await running.start()
     except (UsageError, IndexUnavailableError):
         await server.stop(None)

@@ -12,6 +12,8 @@ from kvstore.node import OpenGet, OpenPut, StoreNode, check_ids, check_owner
 from kvstore.rpc import abort_with, parse, unary
 from kvstore.wire import data_of, encode_data
 from penstock.errors import DeadlineError, InvalidRequestError, PenstockError
+from penstock.telemetry import trace
+from penstock.telemetry.trace import NO_TRACER, Tracer
 from protos.penstock.kv.v1 import kv_pb2
 
 SERVICE = "penstock.kv.v1.KvStore"
@@ -20,25 +22,38 @@ SERVICE = "penstock.kv.v1.KvStore"
 class KvStoreService:
     """Method handlers; belongs to the node's event loop. Each stream has one message in flight."""
 
-    def __init__(self, node: StoreNode) -> None:
+    def __init__(self, node: StoreNode, tracer: Tracer = NO_TRACER) -> None:
         self._node = node
+        self._tracer = tracer
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """For `grpc.aio.Server.add_generic_rpc_handlers`. Put and Get carry raw bytes."""
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "Has": unary(kv_pb2.HasRequest, self._has),
-                "Put": grpc.stream_stream_rpc_method_handler(self._put),
-                "Get": grpc.unary_stream_rpc_method_handler(self._get),
-                "Lease": unary(kv_pb2.LeaseRequest, self._lease),
-                "Release": unary(kv_pb2.ReleaseRequest, self._release),
+                "Has": self._unary("Has", kv_pb2.HasRequest, self._has),
+                "Put": grpc.stream_stream_rpc_method_handler(self._traced_put),
+                "Get": grpc.unary_stream_rpc_method_handler(self._traced_get),
+                "Lease": self._unary("Lease", kv_pb2.LeaseRequest, self._lease),
+                "Release": self._unary("Release", kv_pb2.ReleaseRequest, self._release),
                 "Stat": unary(kv_pb2.StatRequest, self._stat),
             },
         )
 
+    def _unary(self, name: str, request_type: Any, call: Any) -> Any:
+        return unary(request_type, call, name=f"KvStore/{name}", tracer=self._tracer)
+
+    async def _traced_put(self, stream: Any, context: Any) -> None:
+        with self._tracer.entry("KvStore/Put", context.invocation_metadata() or ()):
+            await self._put(stream, context)
+
+    async def _traced_get(self, raw: bytes, context: Any) -> None:
+        with self._tracer.entry("KvStore/Get", context.invocation_metadata() or ()):
+            await self._get(raw, context)
+
     async def _has(self, request: kv_pb2.HasRequest) -> kv_pb2.HasResponse:
         present = bytes(self._node.has(request.ids))
+        trace.note(ids=len(present), present=sum(present))
         return kv_pb2.HasResponse(present=present, epoch=self._node.epoch)
 
     async def _lease(self, request: kv_pb2.LeaseRequest) -> kv_pb2.LeaseResponse:
@@ -95,6 +110,7 @@ class KvStoreService:
         # All that is there is leased before the first byte is sent: the tail of a long prefix
         # cannot be evicted while its head is on the way.
         self._node.lease(request.ids, owner=request.owner, ttl_s=ttl_s)
+        trace.note(ids=len(request.ids), wait_ms=request.wait_ms)
         for id_ in request.ids:
             found = await self._node.open(id_, owner=request.owner, ttl_s=ttl_s, wait_s=wait_s)
             if found is None:

@@ -33,6 +33,7 @@ from penstock.errors import (
 from penstock.peers import ALONE, Peers
 from penstock.telemetry.exporter import HttpExporter, metrics_handler
 from penstock.telemetry.meters import Meters
+from penstock.telemetry.trace import NO_TRACER, Tracer
 from penstock.telemetry.workers import read_entry
 from penstock.worker import WorkerSpec
 from protos.penstock.kv.v1 import kv_pb2
@@ -123,10 +124,17 @@ async def abort_with(context: Any, error: PenstockError) -> None:
     await context.abort(code, error.message[:_MAX_DETAIL_CHARS], trailing_metadata=tuple(metadata))
 
 
-def unary_stream(request_type: type[Request], handler: Handler[Request]) -> Any:
+def unary_stream(
+    request_type: type[Request],
+    handler: Handler[Request],
+    *,
+    name: str = "",
+    tracer: Tracer = NO_TRACER,
+) -> Any:
     """A method that answers one request with a stream of messages, errors mapped.
 
-    `handler` is cancelled when the client cancels or its deadline passes.
+    `handler` is cancelled when the client cancels or its deadline passes. With a `tracer` a call
+    that carries a trace is a span `name` of it.
     """
 
     async def handle(raw: bytes, context: Any) -> None:
@@ -135,7 +143,8 @@ def unary_stream(request_type: type[Request], handler: Handler[Request]) -> Any:
                 request = request_type.FromString(raw)
             except DecodeError as error:
                 raise InvalidRequestError(f"the bytes are no {request_type.__name__}") from error
-            await handler(request, context.write)
+            with tracer.entry(name, context.invocation_metadata() or ()):
+                await handler(request, context.write)
         except PenstockError as error:
             await abort_with(context, error)
         except asyncio.CancelledError:

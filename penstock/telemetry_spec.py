@@ -17,6 +17,12 @@ class TelemetrySpec(BaseModel):
     """Each process also serves its own metrics by HTTP here (0: a free port, which its log tells);
     unset: only the front's /metrics, which has those of all.
     """
+    otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://")
+    """Base URL of an OpenTelemetry collector for traces by OTLP/HTTP, usually with port 4318; also
+    read from OTEL_EXPORTER_OTLP_ENDPOINT. Unset: no traces, at no cost.
+    """
+    trace_ratio: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Share of the requests without a trace of their client's that begin one."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """Of every process; `info` has a line for each request."""
 

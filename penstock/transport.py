@@ -10,6 +10,7 @@ import grpc
 
 from penstock.errors import ClusterAuthError
 from penstock.peers import PEER_NAME, TOKEN_KEY, Peers
+from penstock.telemetry.trace import outgoing
 
 # What a probe may ask without the token: it tells whether a part serves, nothing of its contents.
 _OPEN = "/grpc.health.v1.Health/"
@@ -28,8 +29,7 @@ def open_channel(peers: Peers, address: str, options: Options) -> grpc.aio.Chann
         )
     else:
         channel = grpc.aio.insecure_channel(address, options=list(options))
-    token = peers.token()
-    return channel if token is None else _SignedChannel(channel, token)
+    return _SignedChannel(channel, peers.token())
 
 
 def gates(peers: Peers) -> list[grpc.aio.ServerInterceptor]:
@@ -84,14 +84,14 @@ async def _refuse(_: Any, context: Any) -> None:
 
 
 class _SignedChannel(grpc.aio.Channel):  # type: ignore[misc]
-    """A channel whose every call carries the token.
+    """A channel whose every call carries the token, and the trace of what makes the call.
 
     Not a client interceptor: those put a queue between a stream's writer and the wire.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, token: str) -> None:
+    def __init__(self, channel: grpc.aio.Channel, token: str | None) -> None:
         self._channel = channel
-        self._extra = ((TOKEN_KEY, token),)
+        self._extra = () if token is None else ((TOKEN_KEY, token),)
 
     def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
         return self._signed(self._channel.unary_unary(*args, **kwargs))
@@ -107,7 +107,8 @@ class _SignedChannel(grpc.aio.Channel):  # type: ignore[misc]
 
     def _signed(self, method: Any) -> Any:
         def call(*args: Any, metadata: Any = None, **kwargs: Any) -> Any:
-            return method(*args, metadata=(*(metadata or ()), *self._extra), **kwargs)
+            metadata = (*(metadata or ()), *self._extra, *outgoing())
+            return method(*args, metadata=metadata, **kwargs)
 
         return call
 

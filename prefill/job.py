@@ -14,6 +14,7 @@ from model.engine import Engine
 from penstock.errors import PenstockError
 from penstock.identity import Chain
 from penstock.telemetry import catalog as M
+from penstock.telemetry import trace
 from penstock.telemetry.meters import NO_METER, Meter
 from prefill.planner import plan_chunks
 from prefill.publisher import PromptPublisher
@@ -91,7 +92,9 @@ class PromptRunner:
                 self.scheduler.admitted(self.engine.bytes_for(prompt.length)),
                 self._sequence(prompt) as sequence,
             ):
-                self.meter.observe(M.PREFILL_QUEUE_TIME, time.monotonic() - arrived)
+                waited = time.monotonic() - arrived
+                self.meter.observe(M.PREFILL_QUEUE_TIME, waited)
+                trace.record("queue", waited)
                 return await self._work(prompt, sequence, listener, counted)
         finally:
             counted.now(0)
@@ -106,7 +109,9 @@ class PromptRunner:
         tokens = prompt.chain.tokens
         restorer = Restorer(self.store, prompt.chain, prompt.restore_owner, prompt.lease_ttl_s)
         begun = time.monotonic()
-        position = await restorer.restore(sequence)
+        with trace.span("restore"):
+            position = await restorer.restore(sequence)
+            trace.note(restored_tokens=position)
         self.meter.observe(M.RESTORE_TIME, time.monotonic() - begun)
         for reason, missed in restorer.missed(position).items():
             self.meter.add(M.PREFILL_MISSED, missed, reason=reason)
@@ -134,16 +139,18 @@ class PromptRunner:
         )
         handover, waited = b"", 0.0
         async with publisher:
-            for chunk in chunks:
-                output = await sequence.compute(chunk, tokens[chunk.start : chunk.end])
-                outcome.computed_tokens += chunk.end - chunk.start
-                outcome.compute_s += output.seconds
-                self.meter.observe(M.CHUNK_TIME, output.seconds)
-                self.scheduler.measured(chunk.end - chunk.start, output.seconds)
-                counted.now(prompt.length - chunk.end)
-                handover = output.states[chunk.end]
-                waited += await _seconds(publisher.add(output))
-            waited += await _seconds(publisher.finish(sequence, handover))
+            with trace.span("compute", tokens=prompt.length - position, chunks=len(chunks)):
+                for chunk in chunks:
+                    output = await sequence.compute(chunk, tokens[chunk.start : chunk.end])
+                    outcome.computed_tokens += chunk.end - chunk.start
+                    outcome.compute_s += output.seconds
+                    self.meter.observe(M.CHUNK_TIME, output.seconds)
+                    self.scheduler.measured(chunk.end - chunk.start, output.seconds)
+                    counted.now(prompt.length - chunk.end)
+                    handover = output.states[chunk.end]
+                    waited += await _seconds(publisher.add(output))
+            with trace.span("finish"):
+                waited += await _seconds(publisher.finish(sequence, handover))
         self.meter.observe(M.PUBLISH_EXPOSED_TIME, waited)
         outcome.bytes_published = publisher.bytes_published
         return outcome

@@ -29,7 +29,10 @@ from penstock.rpc import (
     unary_stream,
 )
 from penstock.telemetry import catalog as M
+from penstock.telemetry import trace
 from penstock.telemetry.meters import Meters
+from penstock.telemetry.otlp import open_tracer
+from penstock.telemetry.trace import NO_TRACER, Tracer
 from penstock.telemetry.workers import worker_meters
 from penstock.worker import WorkerSpec
 from prefill.job import Listener, Outcome, Prompt, PromptRunner
@@ -54,6 +57,7 @@ async def open_worker(spec: WorkerSpec, start: RankStarter = ChildRank) -> Prefi
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise ModelLoadError(f"the model '{spec.model.model}' cannot be opened: {error}") from error
     meters = worker_meters("prefill", spec.worker_id)
+    tracer = open_tracer(spec.telemetry, process="prefill", instance=spec.worker_id)
     store = StoreClient(
         spec.store_address,
         fingerprint=engine.info.fingerprint,
@@ -68,9 +72,10 @@ async def open_worker(spec: WorkerSpec, start: RankStarter = ChildRank) -> Prefi
         engine,
         store,
         directory,
-        close_with=(store.close, directory.close),
+        close_with=(store.close, directory.close, tracer.close),
         owns_engine=True,
         meters=meters,
+        tracer=tracer,
     )
 
 
@@ -91,6 +96,7 @@ class PrefillWorker:
         close_with: Sequence[Callable[[], Awaitable[None]]] = (),
         owns_engine: bool = False,
         meters: Meters | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self.spec = spec
         self.meters = meters or worker_meters("prefill", spec.worker_id)
@@ -109,7 +115,11 @@ class PrefillWorker:
         self._host = WorkerHost(
             spec,
             SERVICE,
-            {"Run": unary_stream(worker_pb2.PrefillRequest, self._run)},
+            {
+                "Run": unary_stream(
+                    worker_pb2.PrefillRequest, self._run, name="Prefill/Run", tracer=tracer
+                )
+            },
             describe=self.describe,
             registry=directory,
             meters=self.meters,
@@ -195,6 +205,7 @@ class PrefillWorker:
             prompt = await asyncio.to_thread(self._read, request)
             outcome = await self.runner.run(prompt, _listener(write))
             self._count(outcome)
+            trace.note(cached_tokens=outcome.cached_tokens, computed_tokens=outcome.computed_tokens)
             has_told()
             await write(_done(outcome))
 

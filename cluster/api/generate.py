@@ -26,6 +26,7 @@ from penstock import request as nouns
 from penstock.chat import Encoded
 from penstock.errors import ContextLengthError, InvalidRequestError
 from penstock.identity import namespace
+from penstock.telemetry import trace
 
 router = APIRouter()
 
@@ -159,6 +160,7 @@ def _plan(
     choices: list[Choice] = []
     for prompt in prompts:
         choices += _choices(body, prompt, scope, model, kind, state, answer_id, len(choices))
+    trace.note(gen_ai__request__model=model.name, gen_ai__response__id=answer_id)
     return Answer(
         answer_id=answer_id,
         choices=choices,

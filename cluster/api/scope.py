@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from contextlib import AbstractContextManager
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -17,6 +18,7 @@ from cluster.auth.limiter import Admission
 from cluster.auth.metered import charged_to
 from penstock.errors import InvalidRequestError, PenstockError
 from penstock.telemetry import request_scope
+from penstock.telemetry.trace import Span
 
 _log = logging.getLogger(__name__)
 LONGEST_ID = 128
@@ -70,7 +72,7 @@ class RequestScope:
                 admission.leave()
             await send(message)
 
-        with request_scope(request_id):
+        with request_scope(request_id), self._span(scope, request_id) as span:
             try:
                 admission = self._admit(scope, wrong_id)
                 _refuse_encoded(scope)
@@ -90,6 +92,20 @@ class RequestScope:
                 if admission is not None:
                     admission.leave()
                 self._count(scope, status, time.monotonic() - started)
+                if span is not None:
+                    route = getattr(scope.get("route"), "path", "other")
+                    span.rename(f"{scope['method']} {route}")
+                    span.note(http__route=route, http__response__status_code=status or 499)
+
+    def _span(self, scope: Scope, request_id: str) -> AbstractContextManager[Span | None]:
+        """Requests that make work are traced, probes and scrapes are not."""
+        begin = scope["path"] not in _OPEN_PATHS
+        return self._state.telemetry.tracer.entry(
+            scope["method"],
+            scope["headers"] if begin else (),
+            may_begin=begin,
+            penstock__request_id=request_id,
+        )
 
     def _admit(self, scope: Scope, wrong_id: bool) -> Admission | None:
         """None: the path is open to all."""

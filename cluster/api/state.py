@@ -21,7 +21,7 @@ from penstock.errors import (
     OverloadedError,
     UnavailableError,
 )
-from penstock.telemetry import Telemetry
+from penstock.telemetry import Telemetry, trace
 from penstock.telemetry import catalog as M
 from penstock.tokenizer import Tokenizer
 
@@ -105,10 +105,11 @@ class ApiState:
     async def encode(self, work: Callable[[], T], size_bytes: int) -> T:
         """Runs `work`; in a thread unless the text is short."""
         started = time.monotonic()
-        if size_bytes <= _INLINE_BYTES:
-            result = work()
-        else:
-            result = await asyncio.get_running_loop().run_in_executor(self._encoders, work)
+        with trace.span("encode", size_bytes=size_bytes):
+            if size_bytes <= _INLINE_BYTES:
+                result = work()
+            else:
+                result = await asyncio.get_running_loop().run_in_executor(self._encoders, work)
         self.telemetry.encoded(time.monotonic() - started)
         return result
 

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from penstock.telemetry import catalog as M
+from penstock.telemetry import trace
 from penstock.telemetry.merge import merge
 from penstock.telemetry.meters import Meters
+from penstock.telemetry.trace import NO_TRACER, Tracer
 
 if TYPE_CHECKING:
     from penstock.errors import PenstockError
@@ -18,9 +20,10 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Telemetry:
-    """The front's metrics. Cheap enough to touch once per token."""
+    """The front's metrics and where its traces begin. Cheap enough to touch once per token."""
 
-    def __init__(self) -> None:
+    def __init__(self, tracer: Tracer = NO_TRACER) -> None:
+        self.tracer = tracer
         self.meters = Meters("front")
         self._running = 0
         self.meters.read(M.REQUESTS_RUNNING, lambda: self._running)
@@ -91,6 +94,12 @@ class RequestMeter:
         if usage is None:
             return
         meters.add(M.SUCCESS, finished_reason=outcome)
+        trace.note(
+            gen_ai__usage__input_tokens=usage.prompt_tokens,
+            gen_ai__usage__output_tokens=usage.completion_tokens,
+            penstock__cached_tokens=usage.cached_tokens,
+            penstock__finish_reason=outcome,
+        )
         meters.observe(M.REQUEST_PROMPT_TOKENS, usage.prompt_tokens)
         meters.observe(M.REQUEST_GENERATION_TOKENS, usage.completion_tokens)
         if self._max_tokens is not None:

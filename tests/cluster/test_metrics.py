@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 import time
 from collections.abc import Iterator
@@ -173,13 +174,15 @@ def test_one_front_alone_and_a_port_of_its_own(running: Cluster) -> None:
     assert own.startswith("# HELP penstock_")
 
 
-def test_a_scrape_tells_of_the_front_when_the_store_is_gone() -> None:
-    with cluster("fake") as c:
-        c.complete(prompt(1, 10), max_tokens=2)
+def test_neither_a_lost_store_nor_a_lost_collector_hides_the_front() -> None:
+    flags = {}
+    if importlib.util.find_spec("opentelemetry.exporter") is not None:
+        flags["telemetry__otlp_endpoint"] = "http://127.0.0.1:9"
+    with cluster("fake", **flags) as c:
+        assert c.complete(prompt(1, 10), max_tokens=2, ignore_eos=True).completion_tokens == 2
         c.launcher.store.kill()  # type: ignore[attr-defined]
         text = c.client.get("/metrics").text
-    assert 'penstock_requests_total{endpoint="completions",outcome=' in text
+    assert 'penstock_requests_total{endpoint="completions",outcome="length"} 1.0' in text
     assert "penstock_store_objects" not in text
-    failures = [line for line in text.splitlines() if "scrape_failures_total " in line][-1]
-    unreachable = "penstock_workers_unreachable 1.0" in text
-    assert unreachable or not failures.endswith(" 0.0")
+    failures = next(x for x in text.splitlines() if x.startswith("penstock_scrape_failures_total"))
+    assert "penstock_workers_unreachable 1.0" in text or not failures.endswith(" 0.0")
