@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from cluster.api import errors, generate, meta
+from cluster.api import errors, generate, meta, overview, page
 from cluster.api.scope import RequestScope
 from cluster.api.state import ApiState
 from cluster.config import FrontSection
@@ -50,8 +50,12 @@ def create_app(
 
     app = FastAPI(title="Penstock", lifespan=lifespan, redoc_url=None, redirect_slashes=False)
     app.state.penstock = state
+    app.state.overview = overview.Overview()
+    app.state.page = page.Page()
     app.include_router(generate.router)
     app.include_router(meta.router)
+    app.include_router(overview.router)
+    app.include_router(page.router)
     app.add_middleware(RequestScope, state=state)
     app.add_exception_handler(PenstockError, _penstock_error)
     app.add_exception_handler(HTTPException, _http_error)

@@ -24,7 +24,11 @@ _log = logging.getLogger(__name__)
 LONGEST_ID = 128
 # Uploads are written away as they come.
 _ON_DISK = "/v1/files"
-_OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics", "/docs", "/openapi.json"})
+_OPEN_PATHS = frozenset(
+    {"/", "/health", "/ready", "/version", "/metrics", "/docs", "/openapi.json"}
+)
+_OPEN_PREFIX = "/page/"
+"""The page's own files; what it shows comes from paths that ask for the key."""
 # What a key must be allowed to do, by the beginning of the path; elsewhere any valid key will do.
 _SCOPES: tuple[tuple[str, ApiScope], ...] = (
     ("/v1/chat/", "generate"),
@@ -32,6 +36,7 @@ _SCOPES: tuple[tuple[str, ApiScope], ...] = (
     ("/v1/files", "batch"),
     ("/v1/batches", "batch"),
     ("/v1/models", "read"),
+    ("/cluster", "read"),
     ("/tokenize", "read"),
     ("/detokenize", "read"),
 )
@@ -117,7 +122,7 @@ class RequestScope:
             )
         scope["penstock.tenant"] = "default"
         path: str = scope["path"]
-        if path in _OPEN_PATHS:
+        if path in _OPEN_PATHS or path.startswith(_OPEN_PREFIX):
             return None
         caller = self._state.authenticator.authenticate(_header(scope, b"authorization"))
         scope["penstock.tenant"] = caller.tenant

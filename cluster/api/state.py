@@ -92,6 +92,11 @@ class ApiState:
             )
         self._streams += count
 
+    @property
+    def streams(self) -> int:
+        """Answers in progress."""
+        return self._streams
+
     async def model(self, name: str | None = None) -> ServedModel:
         """The served model. Raises `ModelNotFoundError` if `name` is another one."""
         model = await self.service.model()

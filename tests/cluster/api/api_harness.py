@@ -32,8 +32,8 @@ class Api:
         return httpx.AsyncClient(transport=transport, base_url="http://api", headers=headers)
 
 
-def make_api(**front: Any) -> Api:
-    service = FakeService(max_model_len=CONTEXT)
+def make_api(*, context: int = CONTEXT, **front: Any) -> Api:
+    service = FakeService(max_model_len=context)
     tokenizer = ByteTokenizer()
     app = create_app(
         service,
