@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOS := protos/penstock/kv/v1/kv.proto protos/penstock/worker/v1/worker.proto \
-	protos/penstock/telemetry/v1/telemetry.proto
+	protos/penstock/telemetry/v1/telemetry.proto protos/penstock/batch/v1/batch.proto
 
 .PHONY: setup demo serve test check bench bench-gpu proto helm docs clean
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
+from cluster.batch.config import BatchSection
 from kvstore.config import StoreConfig
 from penstock.errors import UsageError
 from penstock.peers import Peers
@@ -27,7 +28,13 @@ _OTLP_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 # Read by rooms that start without this file.
 _ELSEWHERE = frozenset({"kernels"})
 SECRETS = frozenset(
-    {"front.api_key", "front.cluster_key", "kvstore.redis_url", "tls.cluster_token"}
+    {
+        "front.api_key",
+        "front.cluster_key",
+        "kvstore.redis_url",
+        "tls.cluster_token",
+        "batch.journal_url",
+    }
 )
 
 
@@ -206,6 +213,7 @@ class ClusterConfig(Section):
     parallel: ParallelSection = ParallelSection()
     launcher: LauncherSection = LauncherSection()
     telemetry: TelemetrySection = TelemetrySection()
+    batch: BatchSection = BatchSection()
     tls: Peers = Peers()
     """Between the cluster's own processes; the front's certificate is `front.tls_cert`."""
 

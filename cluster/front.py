@@ -17,6 +17,7 @@ from cluster.flow import Flow
 from cluster.router import Router
 from cluster.workers import CallLimits, Hold, StoreNode, WorkerCalls, no_hold
 from penstock import transport
+from penstock.errors import PenstockError
 from penstock.rpc import channel_options
 from penstock.telemetry.exporter import HttpExporter
 
@@ -61,6 +62,8 @@ def open_exporter(spec: FrontSpec, app: FastAPI) -> HttpExporter:
 
 def build_app(spec: FrontSpec, service: Flow) -> FastAPI:
     from cluster.api import create_app
+    from cluster.batch.room import BatchRoom
+    from cluster.batch.surroundings import Surroundings
     from penstock.chat import open_chat
     from penstock.folder import sampling_defaults
     from penstock.telemetry import Telemetry
@@ -70,6 +73,14 @@ def build_app(spec: FrontSpec, service: Flow) -> FastAPI:
     model = spec.config.model.model
     tokenizer = open_tokenizer(model)
     chat = open_chat(model, tokenizer) if tokenizer is not None else None
+
+    def open_batch(around: Surroundings) -> BatchRoom:
+        return BatchRoom(
+            spec.config.batch,
+            around,
+            lambda: transport.open_channel(spec.config.tls, spec.store_address, channel_options()),
+        )
+
     return create_app(
         service,
         tokenizer=tokenizer,
@@ -77,6 +88,7 @@ def build_app(spec: FrontSpec, service: Flow) -> FastAPI:
         config=spec.config.front,
         telemetry=Telemetry(open_tracer(spec.config.telemetry, process="front")),
         sampling_defaults=sampling_defaults(model),
+        batch=open_batch,
     )
 
 
@@ -109,6 +121,8 @@ async def _serve(spec: FrontSpec) -> None:
     front = spec.config.front
     app = build_app(spec, service)
     exporter = open_exporter(spec, app)
+    # The app's own start would do it; a failure there ends the process without our sentence.
+    await app.state.batch.start()
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -150,7 +164,11 @@ def main() -> int:
 
     configure_logging(level="warning")
 
-    uvloop.run(_serve(spec))
+    try:
+        uvloop.run(_serve(spec))
+    except PenstockError as error:
+        print(f"error: {error.message}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 

@@ -22,6 +22,7 @@ from cluster.config import ClusterConfig, FrontSection
 from penstock.telemetry import Telemetry
 from penstock.telemetry.catalog import CATALOG
 from penstock.telemetry.metric import PREFIX
+from protos.penstock.batch.v1 import batch_pb2
 from protos.penstock.kv.v1 import kv_pb2
 from protos.penstock.telemetry.v1 import telemetry_pb2
 from protos.penstock.worker.v1 import worker_pb2
@@ -57,7 +58,7 @@ def settings() -> Iterator[str]:
 
 
 def messages() -> Iterator[str]:
-    modules = (kv_pb2, worker_pb2, telemetry_pb2)
+    modules = (kv_pb2, worker_pb2, telemetry_pb2, batch_pb2)
     files: list[FileDescriptor] = [module.DESCRIPTOR for module in modules]
     for file in files:
         for service in file.services_by_name.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -12,12 +12,16 @@ from starlette.requests import ClientDisconnect
 from cluster.api import errors, generate, meta, overview, page
 from cluster.api.scope import RequestScope
 from cluster.api.state import ApiState
+from cluster.batch.room import BatchRoom
+from cluster.batch.surroundings import Surroundings
 from cluster.config import FrontSection
 from cluster.contracts import Service
 from penstock.chat import ChatEncoder
 from penstock.errors import PenstockError
 from penstock.telemetry import Telemetry
 from penstock.tokenizer import Tokenizer
+
+OpenBatch = Callable[[Surroundings], BatchRoom]
 
 
 def create_app(
@@ -28,11 +32,13 @@ def create_app(
     config: FrontSection,
     telemetry: Telemetry,
     sampling_defaults: Mapping[str, float] | None = None,
+    batch: OpenBatch | None = None,
 ) -> FastAPI:
     """The app over `service`, which stays its caller's to close.
 
     `sampling_defaults` is what the model's generation_config.json wants
     (`penstock.folder.sampling_defaults`). Without a tokenizer only health and metrics work.
+    `batch` opens the room of batch jobs, which lives as long as the app serves; None: no jobs.
     """
     state = ApiState(
         service=service,
@@ -43,15 +49,24 @@ def create_app(
         sampling_defaults=sampling_defaults or {},
     )
 
+    room = batch(_surroundings(state)) if batch is not None else None
+
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        state.close()
+        try:
+            if room is not None:
+                await room.start()
+            yield
+        finally:
+            if room is not None:
+                await room.stop()
+            state.close()
 
     app = FastAPI(title="Penstock", lifespan=lifespan, redoc_url=None, redirect_slashes=False)
     app.state.penstock = state
     app.state.overview = overview.Overview()
     app.state.page = page.Page()
+    app.state.batch = room
     app.include_router(generate.router)
     app.include_router(meta.router)
     app.include_router(overview.router)
@@ -61,6 +76,17 @@ def create_app(
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _client_gone)
     return app
+
+
+def _surroundings(state: ApiState) -> Surroundings:
+    return Surroundings(
+        service=state.service,
+        chat=lambda: state.chat,
+        encode=state.encode,
+        limiter=state.limiter,
+        authenticator=state.authenticator,
+        front=state.config,
+    )
 
 
 def _penstock_error(request: Request, error: Exception) -> Response:

@@ -15,6 +15,7 @@ import typer
 
 from cluster.cli import (
     ask,
+    batch,
     bench,
     certs,
     config,
@@ -45,6 +46,7 @@ def build() -> typer.Typer:
     app.callback(help="Serves DeepSeek-V4-class models with million-token context.")(_root)
     for group in (serve, kvstore, fetch, demo, ask, logits, doctor):
         group.register(app)
+    batch.register(app)
     bench.register(app)
     config.register(app)
     keys.register(app)

@@ -76,14 +76,23 @@ def serve(
         str | None, typer.Option(metavar="SIZE", help="Disk tier of the KV store.")
     ] = None,
     redis_url: Annotated[str | None, typer.Option(help="Redis as the index.")] = None,
-    journal_url: Annotated[str | None, typer.Option(help="Durable Redis for jobs.")] = None,
+    journal_url: Annotated[
+        str | None, typer.Option(help="Where batch jobs live: sqlite:///PATH or a durable Redis.")
+    ] = None,
     numerics: NumericsOption = None,
     rounding: RoundingOption = None,
     device: DeviceOption = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC batch service.")] = None,
+    batch_sources: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLACES",
+            help="Where batch jobs may read documents: file:///data/,https://host/,s3://bucket/.",
+        ),
+    ] = None,
     launcher: Launcher = None,
 ) -> int:
-    refuse_unbuilt({"--kv-disk": kv_disk, "--journal-url": journal_url, "--grpc-port": grpc_port})
+    refuse_unbuilt({"--kv-disk": kv_disk})
     from cluster.config import resolve
     from model.ranks.check import check_ranks
     from penstock.chat import check_encoding
@@ -115,6 +124,9 @@ def serve(
             "model.numerics": text(numerics),
             "model.rounding": rounding,
             "model.device": text(device),
+            "batch.journal_url": journal_url,
+            "batch.grpc_port": grpc_port,
+            "batch.sources": batch_sources,
             "launcher.kind": text(launcher),
         },
         file=config,
@@ -128,6 +140,10 @@ def serve(
         from cluster.auth.keys import read_keys
 
         read_keys(Path(keys_file))
+    if resolved.config.batch.journal_url is not None:
+        from kvstore.journal.journal import check_url
+
+        check_url(resolved.config.batch.journal_url)
     front = resolved.config.front
     if front.tls_cert is not None and front.tls_key is not None:
         from penstock.peers import check_pair

@@ -33,7 +33,14 @@ def http_url(config: ClusterConfig) -> str:
     return f"{scheme}://{host}:{config.front.port}"
 
 
-def require_free_port(host: str, port: int) -> None:
+def require_free_ports(config: ClusterConfig) -> None:
+    """Raises `PenstockError` naming the port if something listens on one of the front's already."""
+    require_free_port(config.front.host, config.front.port, "--port")
+    if config.batch.grpc_port is not None:
+        require_free_port(config.front.host, config.batch.grpc_port, "--grpc-port")
+
+
+def require_free_port(host: str, port: int, flag: str) -> None:
     """Raises `PenstockError` naming the port if something listens there already."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -42,7 +49,7 @@ def require_free_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise PenstockError(
-                f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port"
+                f"cannot listen on {host}:{port} ({error.strerror}); choose another with {flag}"
             ) from error
 
 

@@ -12,7 +12,7 @@ from cluster.contracts import Endpoint
 from cluster.launchers.common import (
     front_spec,
     http_url,
-    require_free_port,
+    require_free_ports,
     start_store,
     wait_until_ready,
     with_token,
@@ -39,7 +39,7 @@ class LocalLauncher:
 
     def start(self) -> Endpoint:
         config = self._config
-        require_free_port(config.front.host, config.front.port)
+        require_free_ports(config)
         self.store, store_address = start_store(config)
         for role, pool in (("prefill", config.prefill), ("decode", config.decode)):
             for number in range(pool.replicas):

@@ -24,7 +24,7 @@ from cluster.contracts import Endpoint
 from cluster.launchers.common import (
     front_spec,
     http_url,
-    require_free_port,
+    require_free_ports,
     start_store,
     wait_until_ready,
     with_token,
@@ -50,7 +50,7 @@ class RayLauncher:
 
     def start(self) -> Endpoint:
         config = self._config
-        require_free_port(config.front.host, config.front.port)
+        require_free_ports(config)
         self._store, store_address = start_store(config)
         self._start_ray()
         self._deploy(store_address)

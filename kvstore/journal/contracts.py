@@ -194,7 +194,9 @@ class Journal(Protocol):
         """
 
     async def give_back(self, claim: Claim, *, delay_s: float, counted: bool = True) -> None:
-        """Let others have the group after `delay_s`. Not counted: as if it had not been claimed."""
+        """Let others have the group after `delay_s`, also once the job was cancelled; nothing if
+        another one has claimed it since. Not counted: as if it had not been claimed.
+        """
 
     async def cancel(self, job_id: str, tenant: str) -> Job:
         """No further item is started or committed. What is committed stays."""

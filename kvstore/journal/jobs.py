@@ -302,9 +302,9 @@ def _finish(tx: Transaction, job: Job, state: str, now_s: float, retention_s: fl
 
 
 def give_back(tx: Transaction, claim_: Claim, delay_s: float, counted: bool, now_s: float) -> None:
-    try:
-        _, key, group = _held(tx, claim_)
-    except LeaseLostError:
+    key = part(b"g", claim_.job.id, claim_.group)
+    group = tx.load(key)
+    if group is None or group["token"] != claim_.token:
         return
     claims = group["claims"] - (not counted)
     # The token moves on: what this claim still has under way must not commit any more.

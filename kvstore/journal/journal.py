@@ -33,18 +33,24 @@ RETENTION_S = 30 * 86_400.0
 
 def open_journal(url: str, *, retention_s: float = RETENTION_S) -> RowJournal:
     """`sqlite:///PATH`, `redis://` or `rediss://`. Nothing is opened yet. Raises UsageError."""
-    backend: Backend
+    return RowJournal(_backend(url), retention_s=retention_s)
+
+
+def check_url(url: str) -> None:
+    """Raises UsageError for a URL that cannot be a journal's."""
+    _backend(url).close()
+
+
+def _backend(url: str) -> Backend:
     if url.startswith("sqlite:///") and len(url) > len("sqlite:///"):
         # Three slashes and an absolute path make four; a relative one is taken as it is.
-        backend = SqliteBackend(Path(url.removeprefix("sqlite:///")).expanduser())
-    elif url.startswith(("redis://", "rediss://")):
-        backend = RedisBackend(url)
-    else:
-        raise UsageError(
-            "the journal URL must look like sqlite:///PATH, redis://[user:password@]host:port[/db] "
-            "or rediss://..."
-        )
-    return RowJournal(backend, retention_s=retention_s)
+        return SqliteBackend(Path(url.removeprefix("sqlite:///")).expanduser())
+    if url.startswith(("redis://", "rediss://")):
+        return RedisBackend(url)
+    raise UsageError(
+        "the journal URL must look like sqlite:///PATH, redis://[user:password@]host:port[/db] or "
+        "rediss://..."
+    )
 
 
 class RowJournal:

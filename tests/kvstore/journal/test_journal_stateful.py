@@ -141,7 +141,7 @@ class Machine(RuleBasedStateMachine):
         claimed = data.draw(st.sampled_from(self.held))
         self.run_(self.journals[2].give_back(claimed, delay_s=delay_s))
         place = (claimed.job.id, claimed.group)
-        if self.holder[place][0] == claimed.token and self.jobs[claimed.job.id] != "cancelled":
+        if self.holder[place][0] == claimed.token:
             self.holder[place] = (claimed.token + 1, self.now_s + delay_s)
 
     @rule(seconds=st.sampled_from([1.0, 5.0, 11.0]))
