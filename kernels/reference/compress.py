@@ -101,22 +101,23 @@ def compress_index(
     quantize_index(entries, matrix_CC, slots, pages_PB, layout)
 
 
-def keep_carry(raw_TX: Tensor, carry_NSX: Tensor, spans_N3: Tensor, ape_SA: Tensor) -> None:
+def keep_carry(raw_TX: Tensor, carry_NSX: Tensor, spans_B4: Tensor, ape_SA: Tensor) -> None:
     """Write each sequence's newest rows into its ring, in place, after all of its windows.
 
-    `spans_N3` (int32): first row in `raw_TX`, number of rows (0: none) and the first row's
-    position; row n belongs to carry n. Of more rows than the ring holds, the last are kept.
+    `spans_B4` (int32): first row in `raw_TX`, number of rows (0: none), the first row's position,
+    and which carry is the sequence's: no two rows name one. Of more rows than the ring holds, the
+    last are kept.
     """
     if not raw_TX.shape[0]:
         return
     ring, half = carry_NSX.shape[1], ape_SA.shape[1]
     slot = torch.arange(ring, device=raw_TX.device)
-    first, count, start = spans_N3.long().unbind(1)
+    first, count, start, carry = spans_B4.long().unbind(1)
     end = start + count
     # The newest position that falls on each slot of the ring.
     newest = end[:, None] - 1 - (end[:, None] - 1 - slot) % ring
     row = first[:, None] + newest - start[:, None]
     fresh = raw_TX[row.clamp(0, max(raw_TX.shape[0] - 1, 0))].clone()
     fresh[..., half:] += ape_SA[newest % ape_SA.shape[0]]
-    known = (newest >= start[:, None])[..., None]
-    carry_NSX.copy_(torch.where(known, fresh.to(carry_NSX.dtype), carry_NSX))
+    known = ((newest >= start[:, None]) & (count > 0)[:, None])[..., None]
+    carry_NSX[carry] = torch.where(known, fresh.to(carry_NSX.dtype), carry_NSX[carry])

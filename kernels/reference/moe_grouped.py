@@ -1,8 +1,8 @@
 """Routed experts as grouped products (deepseek-v4.md 1.4, 5.2).
 
 (token, slot) pairs are sorted by expert into tiles of a fixed number of places, so that one product
-never meets two experts. Activations are rounded per token and 128 channels before each product;
-weights are e4m3 with one ue8m0 scale per 128 x 128, or MXFP4.
+never meets two experts. Weights are e4m3 with one ue8m0 scale per 128 x 128, or MXFP4, both with
+activations that are rounded per token and 128 channels before each product; or plain bfloat16.
 
 Shape suffixes: R rows (tokens), K active experts, E experts, D model width, I expert width,
 M places (pairs and padding), T tiles, G groups of 128 channels, N outputs, X bytes or scales of one
@@ -88,8 +88,10 @@ def _values(x_RD: Tensor, scale_RG: Tensor | None, kind: torch.dtype) -> Tensor:
     return (x_RD.to(kind).view(*scale_RG.shape, GROUP) * scale_RG.to(kind)[..., None]).flatten(1)
 
 
-def _weights(weight_NX: Tensor, scale_NX: Tensor, kind: torch.dtype) -> Tensor:
+def _weights(weight_NX: Tensor, scale_NX: Tensor | None, kind: torch.dtype) -> Tensor:
     """[N, K] values of one expert's weight."""
+    if scale_NX is None:
+        return weight_NX.to(kind)
     if weight_NX.dtype == torch.uint8:
         return mxfp4_decode(weight_NX, scale_NX, dtype=kind)
     factor = (scale_NX.to(torch.int32) << 23).view(torch.float32).to(kind)
@@ -97,13 +99,19 @@ def _weights(weight_NX: Tensor, scale_NX: Tensor, kind: torch.dtype) -> Tensor:
     return weight_NX.to(kind) * factor[: weight_NX.shape[0], : weight_NX.shape[1]]
 
 
-def _grouped(x_MD: Tensor, weight: Tensor, scale: Tensor, plan: MoePlan) -> Tensor:
+def _stored(x: Tensor) -> torch.dtype:
+    """Type of what a product leaves: bfloat16, unless its input was wider."""
+    return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.bfloat16
+
+
+def _grouped(x_MD: Tensor, weight: Tensor, scale: Tensor | None, plan: MoePlan) -> Tensor:
     """[M, N]: every tile times its expert's weight; zeros in unused tiles."""
     out = x_MD.new_zeros((x_MD.shape[0], weight.shape[1]))
     for tile, expert in enumerate(plan.expert_T.tolist()):
         if expert >= 0:
             places = slice(tile * plan.tile, (tile + 1) * plan.tile)
-            out[places] = x_MD[places] @ _weights(weight[expert], scale[expert], x_MD.dtype).t()
+            own = None if scale is None else scale[expert]
+            out[places] = x_MD[places] @ _weights(weight[expert], own, x_MD.dtype).t()
     return out
 
 
@@ -111,7 +119,7 @@ def moe_up(
     x_RD: Tensor,
     scale_RG: Tensor | None,
     w13_ENX: Tensor,
-    w13_scale_ENX: Tensor,
+    w13_scale_ENX: Tensor | None,
     weight_RK: Tensor,
     plan: MoePlan,
     *,
@@ -119,11 +127,13 @@ def moe_up(
 ) -> Tensor:
     """bfloat16 [M, I]: silu(min(gate, limit)) * clamp(up) * routing weight; zeros in padding.
 
-    x is e4m3 with `scale_RG`, or bfloat16 values with None (MXFP4 weights). `w13` holds the I gate
-    rows, then the I up rows, of each expert: e4m3 [E, 2 I, D] with scales uint8
-    [E, 2 I / 128, D / 128], or MXFP4 [E, 2 I, D / 2] with [E, 2 I, D / 32]. limit 0: no clamp.
+    x is e4m3 with `scale_RG`, or bfloat16 values with None (MXFP4 and plain weights). `w13` holds
+    the I gate rows, then the I up rows, of each expert: e4m3 [E, 2 I, D] with scales uint8
+    [E, 2 I / 128, D / 128], MXFP4 [E, 2 I, D / 2] with [E, 2 I, D / 32], or bfloat16 [E, 2 I, D]
+    with None. limit 0: no clamp. An fp32 x (reference only) gives fp32.
     """
-    kind = torch.float64 if weight_RK.dtype == torch.float64 else torch.float32
+    double = torch.float64 in (weight_RK.dtype, x_RD.dtype)
+    kind = torch.float64 if double else torch.float32
     x = _values(x_RD, scale_RG, kind)
     pair = plan.pair_M.long()
     active = weight_RK.shape[1]
@@ -131,20 +141,20 @@ def moe_up(
     if limit > 0:
         gate, up = gate.clamp_max(limit), up.clamp(-limit, limit)
     share = weight_RK.reshape(-1)[pair.clamp_min(0)].masked_fill(pair < 0, 0.0)
-    return (torch.nn.functional.silu(gate) * up * share[:, None]).to(torch.bfloat16)
+    return (torch.nn.functional.silu(gate) * up * share[:, None]).to(_stored(x_RD))
 
 
 def moe_down(
     h_MI: Tensor,
     scale_MG: Tensor | None,
     w2_EDX: Tensor,
-    w2_scale_EDX: Tensor,
+    w2_scale_EDX: Tensor | None,
     plan: MoePlan,
 ) -> Tensor:
     """bfloat16 [M, D]; what stands in padding is unspecified. Formats as in `moe_up`."""
-    return _grouped(_values(h_MI, scale_MG, torch.float32), w2_EDX, w2_scale_EDX, plan).to(
-        torch.bfloat16
-    )
+    kind = torch.float64 if h_MI.dtype == torch.float64 else torch.float32
+    y = _grouped(_values(h_MI, scale_MG, kind), w2_EDX, w2_scale_EDX, plan)
+    return y.to(_stored(h_MI))
 
 
 def moe_combine(y_MD: Tensor, shared_RD: Tensor, plan: MoePlan) -> Tensor:

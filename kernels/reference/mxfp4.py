@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.reference import rows
 from kernels.reference.hadamard import hadamard
 from kernels.reference.pages import IndexPages, write_rows
+from kernels.reference.wide import wide
 
 
 def mxfp4_encode(x_RC: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,12 +35,18 @@ def mxfp4_decode(codes_RX: Tensor, scales_RX: Tensor, *, dtype: torch.dtype) -> 
         return rows.fp4_decode(data, 2 * codes_RX.shape[1]).to(dtype)
 
 
+def _turned(x_RC: Tensor, matrix_CC: Tensor) -> Tensor:
+    """The Hadamard rotation, fp32; in float64 on the way if it was given that."""
+    x = wide(x_RC)
+    return hadamard(x, matrix_CC.to(x.dtype)).float()
+
+
 def quantize_index(
     x_RC: Tensor, matrix_CC: Tensor, slots_R: Tensor, pages_PB: Tensor, layout: IndexPages
 ) -> None:
     """Hadamard rotation, FP4 rounding and paged store of index keys; slot -1 is skipped."""
     with torch.device(x_RC.device):
-        data = rows.fp4_encode(hadamard(x_RC.float(), matrix_CC))
+        data = rows.fp4_encode(_turned(x_RC, matrix_CC))
     write_rows(data, slots_R, pages_PB, layout)
 
 
@@ -51,7 +58,7 @@ def round_index(x_RC: Tensor, matrix_CC: Tensor) -> tuple[Tensor, Tensor]:
     2^-9 of the scale.
     """
     with torch.device(x_RC.device):
-        data = rows.fp4_encode(hadamard(x_RC.float(), matrix_CC))
+        data = rows.fp4_encode(_turned(x_RC, matrix_CC))
         values = rows.fp4_decode(data, x_RC.shape[1])
         top = data[:, x_RC.shape[1] // 2 :].amax(1).to(torch.int32).clamp_min(7) - 6
         scale = (top << 23).view(torch.float32)

@@ -1,4 +1,4 @@
-"""RMSNorm and RoPE of queries and window rows in one pass (deepseek-v4.md 2.1, 2.2).
+"""RMSNorm and RoPE of queries and window rows, in one pass or alone (deepseek-v4.md 2.1, 2.2).
 
 Shape suffixes: R rows (tokens), H heads, C channels, P rotated pairs, B bytes of a page.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.reference.pages import KvPages
 from kernels.reference.quantize_kv import quantize_kv
-from kernels.reference.wide import rms_scaled, rotated
+from kernels.reference.wide import rms_scaled, rotated, wide
 
 
 def norm_rope(
@@ -42,3 +42,13 @@ def norm_rope_quantize(
     """The same for window rows, which go to their slots of the paged cache; slot -1 is skipped."""
     x = rotated(rms_scaled(x_RC, weight_C, eps=eps), cos_RP, sin_RP)
     quantize_kv(x, slots_R, pages_PB, layout)
+
+
+def rms_norm(x_RD: Tensor, weight_D: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
+    """[R, D] in `dtype`: rows normalised in fp32, weighted, rounded once (1.3). Any width."""
+    return rms_scaled(x_RD, weight_D, eps=eps).to(dtype)
+
+
+def rope(x_RHC: Tensor, cos_RP: Tensor, sin_RP: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """[R, H, C] in `dtype`: the last 2 P channels rotated, without a norm (index queries, 2.4)."""
+    return rotated(wide(x_RHC), cos_RP, sin_RP).to(dtype)

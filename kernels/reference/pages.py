@@ -28,14 +28,16 @@ class KvPages:
     nope: int
 
     def __post_init__(self) -> None:
-        if self.nope % rows.FP8_GROUP or not 0 < self.nope // rows.FP8_GROUP <= _SCALE_BYTES:
+        if not 0 < self.nope <= _SCALE_BYTES * rows.FP8_GROUP:
             raise ValueError(
-                f"paged rows need 64 to 512 e4m3 channels in groups of 64, not {self.nope}; "
+                f"paged rows need 1 to 512 e4m3 channels, not {self.nope}; "
                 "use the KV format bf16 for this head size"
             )
-        if (self.dim - self.nope) % 8:
+        # Scales are read as words of 8 bytes, so they must begin at one.
+        if self.data_bytes % 8:
             raise ValueError(
-                f"paged rows need a multiple of 8 bfloat16 channels, not {self.dim - self.nope}"
+                f"paged rows need a multiple of 8 bytes before their scales, not "
+                f"{self.data_bytes} ({self.nope} e4m3 and {self.dim - self.nope} bfloat16 channels)"
             )
 
     @property

@@ -23,9 +23,18 @@ def quantize_kv(x_RD: Tensor, slots_R: Tensor, pages_PB: Tensor, layout: KvPages
 
 
 def dequantize_gather(
-    pages_PB: Tensor, slots_R: Tensor, layout: KvPages, *, dtype: torch.dtype
+    pages_PB: Tensor,
+    slots_R: Tensor,
+    layout: KvPages,
+    *,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """[R, D] values of the slots in `dtype`, zeros for slot -1. bfloat16 and wider are exact."""
+    """[R, D] values of the slots in `dtype`, zeros for slot -1. bfloat16 and wider are exact.
+
+    `out`: contiguous rows of that type to write to and return, in place of new ones.
+    """
     data = read_rows(pages_PB, slots_R, layout)
     with torch.device(data.device):
-        return rows.fp8_decode(data, layout.dim, layout.nope).to(dtype)
+        values = rows.fp8_decode(data, layout.dim, layout.nope).to(dtype)
+    return values if out is None else out.copy_(values)

@@ -150,10 +150,11 @@ def _compress_index(
 def _keep_carry(
     raw, carry, spans, ape, ring, ratio, channels, X: tl.constexpr, BLOCK: tl.constexpr
 ):
-    sequence, slot = tl.program_id(0), tl.program_id(1)
-    first = tl.load(spans + sequence * 3)
-    count = tl.load(spans + sequence * 3 + 1)
-    start = tl.load(spans + sequence * 3 + 2)
+    span, slot = spans + tl.program_id(0) * 4, tl.program_id(1)
+    first = tl.load(span)
+    count = tl.load(span + 1)
+    start = tl.load(span + 2)
+    sequence = tl.load(span + 3)
     end = start + count
     # The newest position of this span that falls on the slot, if there is one.
     newest = end - 1 - (end - 1 - slot + ring) % ring
@@ -221,12 +222,12 @@ def compress_index(
     )  # fmt: skip
 
 
-def keep_carry(raw_TX: Tensor, carry_NSX: Tensor, spans_N3: Tensor, ape_SA: Tensor) -> None:
-    count, ring, channels = carry_NSX.shape
+def keep_carry(raw_TX: Tensor, carry_NSX: Tensor, spans_B4: Tensor, ape_SA: Tensor) -> None:
+    _, ring, channels = carry_NSX.shape
     block = 1024
     launch(
-        _keep_carry, (count, ring, triton.cdiv(channels, block)),
-        raw_TX, carry_NSX, spans_N3, ape_SA, ring, ape_SA.shape[0], channels,
+        _keep_carry, (spans_B4.shape[0], ring, triton.cdiv(channels, block)),
+        raw_TX, carry_NSX, spans_B4, ape_SA, ring, ape_SA.shape[0], channels,
         X=channels, BLOCK=block, num_warps=4,
     )  # fmt: skip
 
@@ -263,6 +264,6 @@ CASES = (
     Case("compress_index, ratio 4", _index_case, {"_compress_index": "mma"}),
     Case(
         "keep_carry, ratio 4",
-        lambda: keep_carry(_f32(8192, 2048), _f32(16, 8, 2048), _i32(16, 3), _f32(4, 1024)),
+        lambda: keep_carry(_f32(8192, 2048), _f32(16, 8, 2048), _i32(16, 4), _f32(4, 1024)),
     ),
 )

@@ -2,7 +2,8 @@
 
 Weights stand on the rows of the product and tokens on its columns: a tile of 16 tokens then costs
 what 16 tokens cost, and MXFP4 weights, decoded in registers, feed the tensor cores from there. An
-e4m3 product is promoted to fp32 after every 128 channels, where its scale changes anyway.
+e4m3 product is promoted to fp32 after every 128 channels, where its scale changes anyway. Plain
+bfloat16 weights have no scale.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ def _moe_up(
     x, x_scale, weight, scale, share, pair, owner, out,
     active, width, inputs, weight_stride, scale_stride, limit: tl.float32,
     TILE: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, FP4: tl.constexpr,
+    SCALED: tl.constexpr,
 ):  # fmt: skip
     # Outputs fastest: neighbouring programs share a tile of tokens and stream one expert.
     tile = tl.program_id(1)
@@ -125,7 +127,8 @@ def _moe_up(
     if expert < 0:
         return
     weight += expert.to(tl.int64) * weight_stride
-    scale += expert.to(tl.int64) * scale_stride
+    if FP4 or SCALED:
+        scale += expert.to(tl.int64) * scale_stride
     place = tile * TILE + tl.arange(0, TILE)
     at = tl.load(pair + place)
     row = tl.maximum(at, 0) // active
@@ -140,7 +143,7 @@ def _moe_up(
         x_TS = tl.load(start + column[None, :], mask=(column < inputs)[None, :], other=0.0)
         w1 = weight_tile(weight, scale, output, k, inputs, width, OUTPUTS, STEP, FP4)
         w3 = weight_tile(weight, scale, width + output, k, inputs, 2 * width, OUTPUTS, STEP, FP4)
-        if FP4:
+        if FP4 or not SCALED:
             gate = tl.dot(w1, tl.trans(x_TS), gate)
             up = tl.dot(w3, tl.trans(x_TS), up)
         else:
@@ -168,13 +171,15 @@ def _moe_up(
 def _moe_down(
     x, x_scale, weight, scale, owner, out, inputs, outputs, weight_stride, scale_stride,
     TILE: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, FP4: tl.constexpr,
+    SCALED: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(1)
     expert = tl.load(owner + tile)
     if expert < 0:
         return
     weight += expert.to(tl.int64) * weight_stride
-    scale += expert.to(tl.int64) * scale_stride
+    if FP4 or SCALED:
+        scale += expert.to(tl.int64) * scale_stride
     place = tile * TILE + tl.arange(0, TILE)
     first = tl.program_id(0) * OUTPUTS
     output = first + tl.arange(0, OUTPUTS)
@@ -184,7 +189,7 @@ def _moe_down(
         start = x + place.to(tl.int64)[:, None] * inputs
         x_TS = tl.load(start + column[None, :], mask=(column < inputs)[None, :], other=0.0)
         w2 = weight_tile(weight, scale, output, k, inputs, outputs, OUTPUTS, STEP, FP4)
-        if FP4:
+        if FP4 or not SCALED:
             total = tl.dot(w2, tl.trans(x_TS), total)
         else:
             groups = tl.cdiv(inputs, _GROUP)
@@ -249,11 +254,15 @@ def round_rows(x_RD: Tensor) -> Tensor:
     return values
 
 
-def _step(fp4: bool) -> int:
+def _step(weight: Tensor) -> int:
     """Channels a step: one scale block of e4m3; half of it for MXFP4, whose decoded tile otherwise
-    fills the registers and serialises the products.
+    fills the registers and serialises the products, and for bfloat16, which takes twice the room.
     """
-    return 64 if fp4 else GROUP
+    return GROUP if weight.dtype == torch.float8_e4m3fn else 64
+
+
+def _stride(scale: Tensor | None) -> int:
+    return 0 if scale is None else scale.stride(0)
 
 
 def _stages(fp4: bool, tile: int) -> int:
@@ -264,7 +273,7 @@ def moe_up(
     x_RD: Tensor,
     scale_RG: Tensor | None,
     w13_ENX: Tensor,
-    w13_scale_ENX: Tensor,
+    w13_scale_ENX: Tensor | None,
     weight_RK: Tensor,
     plan: MoePlan,
     *,
@@ -278,8 +287,9 @@ def moe_up(
     launch(
         _moe_up, (triton.cdiv(width, _OUTPUTS), plan.expert_T.shape[0]),
         x_RD, scale_RG, w13_ENX, w13_scale_ENX, weight_RK, plan.pair_M, plan.expert_T, out,
-        weight_RK.shape[1], width, inputs, w13_ENX.stride(0), w13_scale_ENX.stride(0), limit,
-        TILE=plan.tile, OUTPUTS=_OUTPUTS, STEP=_step(fp4), FP4=fp4,
+        weight_RK.shape[1], width, inputs, w13_ENX.stride(0), _stride(w13_scale_ENX), limit,
+        TILE=plan.tile, OUTPUTS=_OUTPUTS, STEP=_step(w13_ENX), FP4=fp4,
+        SCALED=scale_RG is not None,
         num_warps=_warps(plan.tile), num_stages=_stages(fp4, plan.tile),
     )  # fmt: skip
     return out
@@ -289,7 +299,7 @@ def moe_down(
     h_MI: Tensor,
     scale_MG: Tensor | None,
     w2_EDX: Tensor,
-    w2_scale_EDX: Tensor,
+    w2_scale_EDX: Tensor | None,
     plan: MoePlan,
 ) -> Tensor:
     outputs, inputs = w2_EDX.shape[1], h_MI.shape[1]
@@ -298,9 +308,9 @@ def moe_down(
     launch(
         _moe_down, (triton.cdiv(outputs, 2 * _OUTPUTS), plan.expert_T.shape[0]),
         h_MI, scale_MG, w2_EDX, w2_scale_EDX, plan.expert_T, out,
-        inputs, outputs, w2_EDX.stride(0), w2_scale_EDX.stride(0),
-        TILE=plan.tile, OUTPUTS=2 * _OUTPUTS, STEP=_step(fp4), FP4=fp4,
-        num_warps=8, num_stages=_stages(fp4, plan.tile),
+        inputs, outputs, w2_EDX.stride(0), _stride(w2_scale_EDX),
+        TILE=plan.tile, OUTPUTS=2 * _OUTPUTS, STEP=_step(w2_EDX), FP4=fp4,
+        SCALED=scale_MG is not None, num_warps=8, num_stages=_stages(fp4, plan.tile),
     )  # fmt: skip
     return out
 
@@ -321,8 +331,10 @@ def moe_combine(y_MD: Tensor, shared_RD: Tensor, plan: MoePlan) -> Tensor:
     return out
 
 
-def _experts(fp4: bool, count: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
-    if fp4:
+def _experts(kind: str, count: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor | None]:
+    if kind == "bfloat16":
+        return meta(count, outputs, inputs), None
+    if kind == "MXFP4":
         return (
             meta(count, outputs, inputs // 2, dtype=torch.uint8),
             meta(count, outputs, inputs // 32, dtype=torch.uint8),
@@ -333,15 +345,20 @@ def _experts(fp4: bool, count: int, outputs: int, inputs: int) -> tuple[Tensor, 
     )
 
 
-def _layer(fp4: bool, rows: int, tile: int, shape: tuple[int, int, int]) -> None:
+def _layer(kind: str, rows: int, tile: int, shape: tuple[int, int, int]) -> None:
     width, hidden, experts = shape
+
+    def rounded(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if kind == "e4m3":
+            return quantize_rows(x)
+        return (round_rows(x) if kind == "MXFP4" else x), None
+
     plan = moe_plan(meta(rows, 6, dtype=torch.int32), experts=experts, tile=tile)
-    x = meta(rows, width)
-    x, scale = (round_rows(x), None) if fp4 else quantize_rows(x)
+    x, scale = rounded(meta(rows, width))
     share = meta(rows, 6, dtype=torch.float32)
-    h = moe_up(x, scale, *_experts(fp4, experts, 2 * hidden, width), share, plan, limit=10.0)
-    h, scale = (round_rows(h), None) if fp4 else quantize_rows(h)
-    y = moe_down(h, scale, *_experts(fp4, experts, width, hidden), plan)
+    h = moe_up(x, scale, *_experts(kind, experts, 2 * hidden, width), share, plan, limit=10.0)
+    h, scale = rounded(h)
+    y = moe_down(h, scale, *_experts(kind, experts, width, hidden), plan)
     moe_combine(y, meta(rows, width), plan)
 
 
@@ -349,15 +366,17 @@ _PRODUCTS = {"_moe_up": "wgmma", "_moe_down": "wgmma"}
 
 CASES = tuple(
     Case(
-        f"moe {'MXFP4' if fp4 else 'e4m3'}, {name}, tile {tile}",
-        partial(_layer, fp4, rows, tile, shape),
+        f"moe {kind}, {name}, tile {tile}",
+        partial(_layer, kind, rows, tile, shape),
         _PRODUCTS,
     )
-    for fp4 in (False, True)
+    for kind in ("e4m3", "MXFP4", "bfloat16")
     for name, rows, tile, shape in (
         ("Flash", 8192, 128, (4096, 2048, 256)),
         ("Flash", 512, 64, (4096, 2048, 256)),
         ("Flash", 16, 16, (4096, 2048, 256)),
         ("Pro", 8192, 128, (7168, 3072, 384)),
     )
+    # Plain weights are for small models and for comparison.
+    if kind != "bfloat16" or (name, tile) in (("Flash", 64), ("Flash", 16))
 )

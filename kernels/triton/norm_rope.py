@@ -6,6 +6,8 @@ between lanes.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -34,15 +36,16 @@ def turn(x, x_other, angle_row, cos, sin, C: tl.constexpr, PAIRS: tl.constexpr, 
 @triton.jit
 def normed(
     x, weight, row, rows, cos, sin, heads, eps,
-    C: tl.constexpr, PAIRS: tl.constexpr, WEIGHTED: tl.constexpr,
+    C: tl.constexpr, PAIRS: tl.constexpr, WEIGHTED: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, C)
     start = row.to(tl.int64)[:, None] * C
     inside = (row < rows)[:, None]
     value = tl.load(x + start + column[None, :], mask=inside, other=0.0).to(tl.float32)
     other = tl.load(x + start + (column ^ 1)[None, :], mask=inside, other=0.0).to(tl.float32)
-    factor = 1.0 / tl.sqrt_rn(tl.sum(value * value, 1) / C + eps)
-    value, other = value * factor[:, None], other * factor[:, None]
+    if NORMED:
+        factor = 1.0 / tl.sqrt_rn(tl.sum(value * value, 1) / C + eps)
+        value, other = value * factor[:, None], other * factor[:, None]
     if WEIGHTED:
         value = value * tl.load(weight + column).to(tl.float32)[None, :]
         other = other * tl.load(weight + (column ^ 1)).to(tl.float32)[None, :]
@@ -54,9 +57,10 @@ def normed(
 def _norm_rope(
     x, weight, cos, sin, out, rows, heads, eps: tl.float32,
     ROWS: tl.constexpr, C: tl.constexpr, PAIRS: tl.constexpr, WEIGHTED: tl.constexpr,
+    NORMED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    value = normed(x, weight, row, rows, cos, sin, heads, eps, C, PAIRS, WEIGHTED)
+    value = normed(x, weight, row, rows, cos, sin, heads, eps, C, PAIRS, WEIGHTED, NORMED)
     at = row.to(tl.int64)[:, None] * C + tl.arange(0, C)[None, :]
     tl.store(out + at, value.to(out.dtype.element_ty), mask=(row < rows)[:, None])
 
@@ -67,9 +71,20 @@ def _norm_rope_quantize(
     ROWS: tl.constexpr, C: tl.constexpr, NOPE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    value = normed(x, weight, row, rows, cos, sin, 1, eps, C, PAIRS, True)
+    value = normed(x, weight, row, rows, cos, sin, 1, eps, C, PAIRS, True, True)
     slot = tl.load(slots + row, mask=row < rows, other=-1)
     store_kv(value, slot, pages, page_bytes, page_rows, ROWS, C, NOPE)
+
+
+@triton.jit
+def _rms_norm(x, weight, out, width, inverse: tl.float32, eps: tl.float32, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * width
+    column = tl.arange(0, COLUMNS)
+    inside = column < width
+    value = tl.load(x + row + column, mask=inside, other=0.0).to(tl.float32)
+    factor = 1.0 / tl.sqrt_rn(tl.sum(value * value, 0) * inverse + eps)
+    value = value * factor * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row + column, value.to(out.dtype.element_ty), mask=inside)
 
 
 def norm_rope(
@@ -81,13 +96,40 @@ def norm_rope(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
+    return _turned(x_RHC, weight_C, cos_RP, sin_RP, eps=eps, dtype=dtype, normed=True)
+
+
+def rope(x_RHC: Tensor, cos_RP: Tensor, sin_RP: Tensor, *, dtype: torch.dtype) -> Tensor:
+    return _turned(x_RHC, None, cos_RP, sin_RP, eps=0.0, dtype=dtype, normed=False)
+
+
+def _turned(
+    x_RHC: Tensor,
+    weight_C: Tensor | None,
+    cos_RP: Tensor,
+    sin_RP: Tensor,
+    *,
+    eps: float,
+    dtype: torch.dtype,
+    normed: bool,
+) -> Tensor:
     rows, heads, channels = x_RHC.shape
     out = torch.empty((rows, heads, channels), dtype=dtype, device=x_RHC.device)
     launch(
         _norm_rope, (triton.cdiv(rows * heads, _ROWS),),
         x_RHC.contiguous(), weight_C, cos_RP, sin_RP, out, rows * heads, heads, eps,
         ROWS=_ROWS, C=channels, PAIRS=cos_RP.shape[1], WEIGHTED=weight_C is not None,
-        num_warps=8, num_stages=1,
+        NORMED=normed, num_warps=8, num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+def rms_norm(x_RD: Tensor, weight_D: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
+    rows, width = x_RD.shape
+    out = torch.empty((rows, width), dtype=dtype, device=x_RD.device)
+    launch(
+        _rms_norm, (rows,), x_RD.contiguous(), weight_D, out, width, 1.0 / width, eps,
+        COLUMNS=triton.next_power_of_2(width), num_warps=4 if width <= 4096 else 8, num_stages=1,
     )  # fmt: skip
     return out
 
@@ -126,6 +168,23 @@ CASES = (
         lambda: norm_rope(
             meta(4096, 64, 512), None, _angles(4096), _angles(4096), eps=1e-6, dtype=torch.bfloat16
         ),
+    ),
+    Case(
+        "rope, 64 heads of 128",
+        lambda: rope(meta(4096, 64, 128), _angles(4096), _angles(4096), dtype=torch.float32),
+    ),
+    *(
+        Case(
+            f"rms_norm, {width}",
+            partial(
+                rms_norm,
+                meta(4096, width),
+                meta(width, dtype=torch.float32),
+                eps=1e-6,
+                dtype=torch.bfloat16,
+            ),
+        )
+        for width in (1024, 4096, 7168)
     ),
     Case(
         "norm_rope_quantize, 512",

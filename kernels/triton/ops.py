@@ -6,10 +6,13 @@ from kernels.device import ReferenceDeviceOps
 from kernels.triton import compress, mhc_fused, mxfp4
 from kernels.triton import decode_attention as decoding
 from kernels.triton import dense_attention as dense
+from kernels.triton import entry_masses as evidence
 from kernels.triton import hadamard as signs
 from kernels.triton import indexer_logits as indexer
+from kernels.triton import linear as products
 from kernels.triton import moe_grouped as moe
-from kernels.triton import norm_rope as rope
+from kernels.triton import moe_route as router
+from kernels.triton import norm_rope as turning
 from kernels.triton import quantize_kv as kv_rows
 from kernels.triton import sample as sampling
 from kernels.triton import sparse_attention as attention
@@ -28,8 +31,11 @@ class TritonDeviceOps(ReferenceDeviceOps):
     mxfp4_decode = staticmethod(mxfp4.mxfp4_decode)
     quantize_index = staticmethod(mxfp4.quantize_index)
     round_index = staticmethod(mxfp4.round_index)
-    norm_rope = staticmethod(rope.norm_rope)
-    norm_rope_quantize = staticmethod(rope.norm_rope_quantize)
+    norm_rope = staticmethod(turning.norm_rope)
+    norm_rope_quantize = staticmethod(turning.norm_rope_quantize)
+    rms_norm = staticmethod(turning.rms_norm)
+    rope = staticmethod(turning.rope)
+    linear = staticmethod(products.linear)
     compress_kv = staticmethod(compress.compress_kv)
     compress_index = staticmethod(compress.compress_index)
     keep_carry = staticmethod(compress.keep_carry)
@@ -37,6 +43,8 @@ class TritonDeviceOps(ReferenceDeviceOps):
     mhc_post = staticmethod(mhc_fused.mhc_post)
     mhc_boundary = staticmethod(mhc_fused.mhc_boundary)
     mhc_head = staticmethod(mhc_fused.mhc_head)
+    moe_route = staticmethod(router.moe_route)
+    swiglu = staticmethod(router.swiglu)
     moe_plan = staticmethod(moe.moe_plan)
     quantize_rows = staticmethod(moe.quantize_rows)
     round_rows = staticmethod(moe.round_rows)
@@ -47,6 +55,7 @@ class TritonDeviceOps(ReferenceDeviceOps):
     sparse_attention = staticmethod(attention.sparse_attention)
     dense_compressed_attention = staticmethod(dense.dense_compressed_attention)
     decode_attention = staticmethod(decoding.decode_attention)
+    entry_masses = staticmethod(evidence.entry_masses)
     gather_index = staticmethod(indexer.gather_index)
     indexer_logits = staticmethod(indexer.indexer_logits)
     indexer_logits_paged = staticmethod(indexer.indexer_logits_paged)

@@ -28,7 +28,8 @@ def store_kv(
     wanted = slot >= 0
     page = pages + (slot // page_rows).to(tl.int64) * page_bytes
     row = slot % page_rows
-    exponent, scaled = fp8_scale(x, ROWS, D, 64)
+    # The last group may be cut short by the bfloat16 channels, which have no part in its scale.
+    exponent, scaled = fp8_scale(tl.where((column < NOPE)[None, :], x, 0.0), ROWS, D, 64)
     data = page + row.to(tl.int64) * DATA
     nope = wanted[:, None] & (column < NOPE)[None, :]
     code = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
@@ -38,7 +39,7 @@ def store_kv(
     tl.store(rope[:, None] + (column - NOPE)[None, :], x.to(tl.bfloat16), mask=rest)
     scales = page + page_rows * DATA + row * 8
     group = tl.arange(0, D // 64)
-    byte = tl.where((group < NOPE // 64)[None, :], exponent + 127, 0).to(tl.uint8)
+    byte = tl.where((group < (NOPE + 63) // 64)[None, :], exponent + 127, 0).to(tl.uint8)
     tl.store(scales[:, None] + group[None, :], byte, mask=wanted[:, None] & (group < 8)[None, :])
     if D < 512:
         pad = tl.arange(0, 8)
@@ -116,10 +117,16 @@ def quantize_kv(x_RD: Tensor, slots_R: Tensor, pages_PB: Tensor, layout: KvPages
 
 
 def dequantize_gather(
-    pages_PB: Tensor, slots_R: Tensor, layout: KvPages, *, dtype: torch.dtype
+    pages_PB: Tensor,
+    slots_R: Tensor,
+    layout: KvPages,
+    *,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     rows = slots_R.shape[0]
-    out = torch.empty((rows, layout.dim), dtype=dtype, device=pages_PB.device)
+    if out is None:
+        out = torch.empty((rows, layout.dim), dtype=dtype, device=pages_PB.device)
     launch(
         _dequantize_gather,
         (triton.cdiv(rows, _ROWS),),

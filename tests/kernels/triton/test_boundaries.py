@@ -97,7 +97,7 @@ class Compressor:
     def spans(self, at: int, counts: list[int]) -> Tensor:
         firsts = [0, counts[0]]
         return torch.tensor(
-            [[firsts[n], counts[n], self.start + at] for n in range(2)], dtype=torch.int32
+            [[firsts[n], counts[n], self.start + at, n] for n in range(2)], dtype=torch.int32
         )
 
     def windows(self, at: int, counts: list[int]) -> Tensor:
