@@ -174,14 +174,14 @@ class SequenceCache:
 
     def _encode(self, section: Section, codec: RowCodec, *, first: int) -> bytes:
         """Rows of one component; compressed rows start at token `first`."""
-        where, what = _split(section.component.name)
+        where, what = split_name(section.component.name)
         if what == "hidden":
             return fp32_bytes(self.hidden_D)
         if what == "streams":
             assert self.streams_SD is not None
             return fp32_bytes(self.streams_SD)
         if what == "evidence":
-            return _pack_evidence(self.evidence)
+            return pack_evidence(self.evidence)
         layer = self.layers[where]
         match what:
             case "kv" | "index":
@@ -221,7 +221,7 @@ class SequenceCache:
         self, section: Section, codec: RowCodec, payload: memoryview, *, first: int
     ) -> None:
         part: Buffer = payload[section.offset : section.offset + section.size_bytes]
-        where, what = _split(section.component.name)
+        where, what = split_name(section.component.name)
         count = section.rows
         if what == "hidden":
             self.hidden_D = fp32_rows(part, 1)[0]
@@ -230,7 +230,7 @@ class SequenceCache:
             self.streams_SD = fp32_rows(part, self._config.streams)
             return
         if what == "evidence":
-            self.evidence = _unpack_evidence(part)
+            self.evidence = unpack_evidence(part)
             return
         layer = self.layers[where]
         match what:
@@ -248,7 +248,7 @@ class SequenceCache:
                 layer.index_carry = _with_previous(layer.index_carry, known, layer.ratio)
 
 
-def _split(name: str) -> tuple[int, str]:
+def split_name(name: str) -> tuple[int, str]:
     """`layers.3.kv` -> (3, kv); `last.hidden` -> (-1, hidden)."""
     group, *rest = name.split(".")
     return (int(rest[0]), rest[1]) if group == "layers" else (-1, rest[0])
@@ -302,11 +302,11 @@ def cache_bytes(config: ModelConfig, capacity: int, drafts: DraftPlan | None = N
     return 4 * floats
 
 
-def _pack_evidence(pairs: list[tuple[int, float]]) -> bytes:
+def pack_evidence(pairs: list[tuple[int, float]]) -> bytes:
     filled = pairs + [(NO_ENTRY, 0.0)] * (EVIDENCE_PAIRS - len(pairs))
     return b"".join(struct.pack("<If", entry, mass) for entry, mass in filled)
 
 
-def _unpack_evidence(payload: Buffer) -> list[tuple[int, float]]:
+def unpack_evidence(payload: Buffer) -> list[tuple[int, float]]:
     pairs = struct.iter_unpack("<If", payload)
     return [(entry, mass) for entry, mass in pairs if entry != NO_ENTRY]

@@ -70,18 +70,30 @@ def _open_fake(spec: ModelSpec) -> FakeEngine:
 def _open_torch(spec: ModelSpec, folder: Path, comm: Communicator | None) -> Engine:
     import torch
 
-    from model.load import load_engine
+    from model.device.check import find_device
+    from model.load import load_device_engine, load_engine
 
     torch.set_num_threads(spec.torch_threads)
-    return load_engine(
+    if find_device(spec.device).type == "cpu":
+        return load_engine(
+            folder,
+            kv_cache_dtype=spec.kv_cache_dtype,
+            dtype=spec.dtype,
+            rounding=spec.rounding,
+            numerics=spec.numerics,
+            max_model_len=spec.max_model_len,
+            draft_tokens=spec.num_speculative_tokens,
+            draft_confidence=spec.draft_confidence,
+            comm=comm,
+        )
+    return load_device_engine(
         folder,
+        device="cuda" if spec.device == "auto" else spec.device,
         kv_cache_dtype=spec.kv_cache_dtype,
         dtype=spec.dtype,
         rounding=spec.rounding,
         numerics=spec.numerics,
-        device="cpu" if spec.device == "auto" else spec.device,
         max_model_len=spec.max_model_len,
         draft_tokens=spec.num_speculative_tokens,
-        draft_confidence=spec.draft_confidence,
-        comm=comm,
+        grid=None if comm is None else comm.grid,
     )

@@ -37,9 +37,10 @@ def fingerprint_facts(
     kernel_set: str,
     row_tile: int | None,
     grid: Grid,
+    platform: dict[str, object] | None = None,
 ) -> dict[str, object]:
     """All that changes the stored numbers (architecture.md). Class `fast` leaves the platform
-    out.
+    out. `platform`: of an engine that does not compute on the CPU.
     """
     facts: dict[str, object] = {
         "weights": weights_digest,
@@ -54,7 +55,7 @@ def fingerprint_facts(
     if options.numerics == "exact":
         # Context parallel moves rows and splits no sum (model.grid).
         facts["parallel"] = {"tp": grid.tp, "ep": grid.ep}
-        facts["platform"] = {
+        facts["platform"] = platform or {
             "device": "cpu",
             "isa": torch.backends.cpu.get_cpu_capability(),
             "torch": torch.__version__,

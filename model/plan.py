@@ -69,8 +69,9 @@ def check_fit(
     free: int,
     max_model_len: int,
     cache_of: Callable[[int], int],
+    where: str = "this host",
 ) -> None:
-    """Raise `ModelLoadError` with the numbers if `need` is more than the `free` bytes.
+    """Raise `ModelLoadError` with the numbers if `need` is more than the `free` bytes of `where`.
 
     `cache_of(tokens)`: bytes of a sequence's cache, to say which length would fit.
     """
@@ -84,11 +85,11 @@ def check_fit(
             low, high = (middle, high) if cache_of(middle) <= rest else (low, middle)
         step = f"lower --max-model-len from {max_model_len} to {low} or less, or use more ranks"
     else:
-        step = "use more ranks or a host with more memory"
+        step = f"use more ranks or more memory than {where} has"
     raise ModelLoadError(
         f"{name} needs {_gib(need.total)} a rank with tensor parallel {grid.tp} and expert "
         f"parallel {grid.ep} (weights {_gib(need.weights)}, cache for {max_model_len} tokens "
-        f"{_gib(need.cache)}, work {_gib(need.work)}), this host has {_gib(max(free, 0))} free; "
+        f"{_gib(need.cache)}, work {_gib(need.work)}), {where} has {_gib(max(free, 0))} free; "
         f"{step}"
     )
 
