@@ -26,6 +26,8 @@ class ReferenceDeviceOps:
     """Plain torch; `name` is part of the fingerprint."""
 
     name = "reference-1"
+    captures = False
+    """Whether a CUDA graph may record these ops: they must not look at their data."""
 
     quantize_kv = staticmethod(kv_rows.quantize_kv)
     dequantize_gather = staticmethod(kv_rows.dequantize_gather)

@@ -23,6 +23,7 @@ class TritonDeviceOps(ReferenceDeviceOps):
     """Every op is a kernel; nothing falls back to the reference unseen."""
 
     name = "triton-1"
+    captures = True
 
     quantize_kv = staticmethod(kv_rows.quantize_kv)
     dequantize_gather = staticmethod(kv_rows.dequantize_gather)

@@ -19,6 +19,7 @@ from model.device.network import PASS_ROWS, DeviceNetwork, Output
 from model.device.pools import Geometry, Pools
 from model.device.rows import Span, prompt_rows, upload
 from model.device.sequence import DeviceSequence, Trail
+from model.device.steps import Steps
 from model.device.weights import ExpertFormat, Loader
 from model.device.wire import Wire
 from model.device.work import Part, Work, checked, next_pass
@@ -91,6 +92,7 @@ class DeviceEngine:
             )
             self._pools = Pools(geometry, device)
         self._wire = Wire(self._layout, self._pools)
+        self._steps = Steps(self._network, self._pools, capture=ops.captures)
         self._owner = object()
         self._open: dict[int, DeviceSequence] = {}
         facts = fingerprint_facts(
@@ -191,7 +193,7 @@ class DeviceEngine:
         for item in pending:
             item.sequence.trail = None
         while pending:
-            parts = next_pass(pending, rows=PASS_ROWS, context=PASS_CONTEXT)
+            parts = self._next(pending)
             for part, hidden in zip(parts, self._pass(parts), strict=True):
                 item, position = part.work, part.work.sequence.position
                 item.done += len(part.tokens)
@@ -205,6 +207,14 @@ class DeviceEngine:
             for item, found in zip(work, states, strict=True)
         ]
 
+    def _next(self, pending: list[Work]) -> list[Part]:
+        """A step of the sequences that have one token, as many as fit; else a prompt pass."""
+        singles = [item for item in pending if len(item.take(2)) == 1]
+        if not singles:
+            return next_pass(pending, rows=PASS_ROWS, context=PASS_CONTEXT)
+        count = self._steps.groups([item.sequence for item in singles])[0]
+        return [Part(item, item.take(1)) for item in singles[:count]]
+
     def _pass(self, parts: list[Part]) -> list[Tensor]:
         """Hidden rows of each part: of its last token, or of every one."""
         spans: list[Span] = []
@@ -217,7 +227,11 @@ class DeviceEngine:
             counts.append(count if part.work.every else 1)
             row += count
             wanted += range(row - counts[-1], row)
-        output = self._run(spans, [token for part in parts for token in part.tokens], wanted)
+        tokens = [token for part in parts for token in part.tokens]
+        if row == len(parts):
+            output = self._steps.run([span.sequence for span in spans], tokens)
+        else:
+            output = self._prompt(spans, tokens, wanted)
         hidden = list(torch.split(output.hidden_WD, counts))
         first = 0
         for part, span, rows in zip(parts, spans, hidden, strict=True):
@@ -225,7 +239,7 @@ class DeviceEngine:
             first += rows.shape[0]
         return hidden
 
-    def _run(self, spans: list[Span], tokens: list[int], wanted: list[int]) -> Output:
+    def _prompt(self, spans: list[Span], tokens: list[int], wanted: list[int]) -> Output:
         rows = prompt_rows(self._pools.geometry, spans, tokens, self._device)
         index = upload(torch.tensor(wanted).numpy(), self._device)
         return self._network.forward(rows, self._pools.layers, index)
@@ -292,6 +306,7 @@ class DeviceEngine:
     def close(self) -> None:
         for sequence in list(self._open.values()):
             self.release(sequence)
+        self._steps.close()
 
     def _mine(self, sequence: Sequence) -> DeviceSequence:
         if isinstance(sequence, DeviceSequence) and sequence.owner is self._owner:

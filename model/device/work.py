@@ -63,8 +63,8 @@ def checked(segment: Segment, sequence: DeviceSequence, vocab_size: int) -> Work
 
 
 def next_pass(pending: Seq[Work], *, rows: int, context: int) -> list[Part]:
-    """Every sequence at most once, up to `rows` tokens and, but for the first, to `context`
-    positions of all sequences together: their entries are decoded into one buffer.
+    """A prompt pass: every sequence at most once, up to `rows` tokens and, but for the first, to
+    `context` positions of all sequences together, whose entries are decoded into one buffer.
     """
     parts: list[Part] = []
     row = known = 0
@@ -72,7 +72,7 @@ def next_pass(pending: Seq[Work], *, rows: int, context: int) -> list[Part]:
         # A seekable segment stays whole: its trail is that of one pass.
         if row >= rows or (item.seekable and row + len(item.tokens) > rows):
             break
-        known += item.sequence.position + rows - row
+        known += item.sequence.position + len(item.take(rows - row))
         if parts and known > context:
             break
         tokens = item.take(rows - row)
