@@ -14,6 +14,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,9 +62,10 @@ class Inputs:
 
     @classmethod
     def empty(cls, bucket: Bucket, device: torch.device) -> Inputs:
-        line = [torch.zeros(bucket.rows, dtype=torch.int64, device=device) for _ in range(3)]
+        line = torch.zeros((3, bucket.rows), dtype=torch.int64, device=device)
         shape = (bucket.rows, bucket.pages)
-        return cls(*line, torch.zeros(shape, dtype=torch.int32, device=device))
+        tables = torch.zeros(shape, dtype=torch.int32, device=device)
+        return cls(line[0], line[1], line[2], tables)
 
     def write(self, sequences: Sequence[DeviceSequence], tokens: Sequence[int]) -> None:
         """Rows without a sequence become padding: place 0, position 0, page 0."""
@@ -75,9 +77,8 @@ class Inputs:
             known = sequence.pages[:pages]
             tables[row, : len(known)] = known
         device = self.tokens_R.device
-        for target, values in zip(
-            (self.tokens_R, self.positions_R, self.places_R), line, strict=True
-        ):
+        targets = self.tokens_R, self.positions_R, self.places_R
+        for target, values in zip(targets, line, strict=True):
             target.copy_(upload(values, device), non_blocking=True)
         self.tables_RT.copy_(upload(tables, device), non_blocking=True)
 
@@ -98,7 +99,7 @@ class Steps:
         self._capture = capture and pools.device.type == "cuda"
         self._graphs: OrderedDict[Bucket, _Replayed] = OrderedDict()
         self._generation = pools.generation
-        self._memory: object = None
+        self._memory: Any = None
 
     @property
     def captured(self) -> tuple[Bucket, ...]:
@@ -129,7 +130,7 @@ class Steps:
         return bucket.rows <= MOST_ROWS and bucket.rows * (c.window + widest) <= _MOST_KEYS
 
     def run(self, sequences: Sequence[DeviceSequence], tokens: Sequence[int]) -> Output:
-        """Absorb one token of each; the output's rows are theirs, in order, and stay as they are."""
+        """Absorb one token of each; the output's rows are theirs, in order, and stay so."""
         bucket = Bucket.of(len(sequences), max(s.position for s in sequences) + 1)
         if not self._capture:
             inputs = Inputs.empty(bucket, self._pools.device)
@@ -165,7 +166,7 @@ class Steps:
         """Padding only: no sequence is touched while kernels compile and the graph is recorded."""
         device = self._pools.device
         inputs = Inputs.empty(bucket, device)
-        side = torch.cuda.Stream(device)
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             self._eager(inputs)
