@@ -15,6 +15,7 @@ from model.cache import cache_bytes
 from model.config import ModelConfig
 from model.device.check import check_memory, check_model, device_ops, expert_format, find_device
 from model.device.engine import DeviceEngine
+from model.device.steps import Recorder
 from model.drafts.plan import DraftPlan, plan_drafts
 from model.grid import Grid
 from model.layout import KvFormat
@@ -115,6 +116,7 @@ def load_device_engine(
     max_model_len: int | None = None,
     draft_tokens: int | Literal["auto"] = 0,
     grid: Grid | None = None,
+    recorder: Recorder | None = None,
 ) -> DeviceEngine:
     """The same folder for the engine over device ops. Raises `ModelLoadError` with one sentence.
 
@@ -149,6 +151,7 @@ def load_device_engine(
         device=where,
         experts=experts,
         rounded=rounded_inputs(opened.table),
+        recorder=recorder,
     )
 
 

@@ -19,7 +19,7 @@ from model.device.network import PASS_ROWS, DeviceNetwork, Output
 from model.device.pools import Geometry, Pools
 from model.device.rows import Span, prompt_rows, upload
 from model.device.sequence import DeviceSequence, Trail
-from model.device.steps import Steps
+from model.device.steps import CudaGraphs, Recorder, Steps
 from model.device.weights import ExpertFormat, Loader
 from model.device.wire import Wire
 from model.device.work import Part, Work, checked, next_pass
@@ -60,9 +60,10 @@ class DeviceEngine:
         device: torch.device,
         experts: ExpertFormat,
         rounded: frozenset[str] = frozenset(),
+        recorder: Recorder | None = None,
     ) -> None:
         """`tensors` are emptied on the way. What cannot run was refused before
-        (`model.device.check`).
+        (`model.device.check`). `recorder` of decode steps: CUDA graphs where they are possible.
         """
         self._config, self._device = config, device
         self._layout = cache_layout(config, options.kv)
@@ -92,7 +93,9 @@ class DeviceEngine:
             )
             self._pools = Pools(geometry, device)
         self._wire = Wire(self._layout, self._pools)
-        self._steps = Steps(self._network, self._pools, capture=ops.captures)
+        if recorder is None and ops.captures and device.type == "cuda":
+            recorder = CudaGraphs(device)
+        self.steps = Steps(self._network, self._pools, recorder)
         self._owner = object()
         self._open: dict[int, DeviceSequence] = {}
         facts = fingerprint_facts(
@@ -212,7 +215,7 @@ class DeviceEngine:
         singles = [item for item in pending if len(item.take(2)) == 1]
         if not singles:
             return next_pass(pending, rows=PASS_ROWS, context=PASS_CONTEXT)
-        count = self._steps.groups([item.sequence for item in singles])[0]
+        count = self.steps.groups([item.sequence for item in singles])[0]
         return [Part(item, item.take(1)) for item in singles[:count]]
 
     def _pass(self, parts: list[Part]) -> list[Tensor]:
@@ -229,7 +232,7 @@ class DeviceEngine:
             wanted += range(row - counts[-1], row)
         tokens = [token for part in parts for token in part.tokens]
         if row == len(parts):
-            output = self._steps.run([span.sequence for span in spans], tokens)
+            output = self.steps.run([span.sequence for span in spans], tokens)
         else:
             output = self._prompt(spans, tokens, wanted)
         hidden = list(torch.split(output.hidden_WD, counts))
@@ -306,7 +309,7 @@ class DeviceEngine:
     def close(self) -> None:
         for sequence in list(self._open.values()):
             self.release(sequence)
-        self._steps.close()
+        self.steps.close()
 
     def _mine(self, sequence: Sequence) -> DeviceSequence:
         if isinstance(sequence, DeviceSequence) and sequence.owner is self._owner:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -83,30 +83,82 @@ class Inputs:
         self.tables_RT.copy_(upload(tables, device), non_blocking=True)
 
 
-@dataclass
-class _Replayed:
+class Recorder(Protocol):
+    """Makes a run repeatable: what it reads and writes stays where it is."""
+
+    def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
+        """The run's output, and what fills that very output anew from the inputs of the moment."""
+
+
+class CudaGraphs:
+    """Runs become CUDA graphs, which share one pool of memory: they are replayed one at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory: Any = None
+
+    def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
+        device = self._device
+        # Once outside: Triton compiles at a kernel's first launch, which a capture cannot hold.
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.synchronize(device)
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            output = run()
+        return output, graph.replay
+
+
+class Rerun:
+    """The fake: a replay computes again and writes to the first output's tensors, as a graph does.
+    It works on any device.
+    """
+
+    def record(self, run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
+        output = run()
+
+        def replay() -> None:
+            for old, new in zip(_tensors(output), _tensors(run()), strict=True):
+                old.copy_(new)
+
+        return output, replay
+
+
+def _tensors(output: Output) -> list[Tensor]:
+    picked = output.picked
+    return [output.hidden_WD, *([] if picked is None else [picked.entries_RK, picked.masses_RK])]
+
+
+@dataclass(frozen=True)
+class _Recorded:
     inputs: Inputs
-    graph: torch.cuda.CUDAGraph
     output: Output
+    replay: Callable[[], None]
 
 
 class Steps:
-    """Runs steps; owns the graphs. `close` frees them."""
+    """Runs steps; owns what was recorded. `close` frees it."""
 
-    def __init__(self, network: DeviceNetwork, pools: Pools, *, capture: bool) -> None:
-        """`capture`: the ops may be captured (Triton's on CUDA)."""
-        self._network, self._pools = network, pools
-        self._capture = capture and pools.device.type == "cuda"
-        self._graphs: OrderedDict[Bucket, _Replayed] = OrderedDict()
+    def __init__(
+        self, network: DeviceNetwork, pools: Pools, recorder: Recorder | None = None
+    ) -> None:
+        """Without a recorder every step runs one op at a time."""
+        self._network, self._pools, self._recorder = network, pools, recorder
+        self._recorded: OrderedDict[Bucket, _Recorded] = OrderedDict()
         self._generation = pools.generation
-        self._memory: Any = None
 
     @property
-    def captured(self) -> tuple[Bucket, ...]:
-        return tuple(self._graphs)
+    def recorded(self) -> tuple[Bucket, ...]:
+        """Buckets that can be replayed, the one used last at the end."""
+        return tuple(self._recorded)
 
     def close(self) -> None:
-        self._graphs.clear()
+        self._recorded.clear()
 
     def groups(self, sequences: Sequence[DeviceSequence]) -> list[int]:
         """Sizes of consecutive groups of the sequences that may make a step together."""
@@ -132,25 +184,15 @@ class Steps:
     def run(self, sequences: Sequence[DeviceSequence], tokens: Sequence[int]) -> Output:
         """Absorb one token of each; the output's rows are theirs, in order, and stay so."""
         bucket = Bucket.of(len(sequences), max(s.position for s in sequences) + 1)
-        if not self._capture:
+        if self._recorder is None:
             inputs = Inputs.empty(bucket, self._pools.device)
             inputs.write(sequences, tokens)
             return _first(self._eager(inputs), len(sequences))
-        if self._generation != self._pools.generation:
-            # Memory has moved: what was captured points to where it was.
-            self._graphs.clear()
-            self._generation = self._pools.generation
-        replayed = self._graphs.get(bucket)
-        if replayed is None:
-            replayed = self._captured(bucket)
-        self._graphs[bucket] = replayed
-        self._graphs.move_to_end(bucket)
-        if len(self._graphs) > _MOST_GRAPHS:
-            self._graphs.popitem(last=False)
-        replayed.inputs.write(sequences, tokens)
-        replayed.graph.replay()
+        recorded = self._recording(bucket, self._recorder)
+        recorded.inputs.write(sequences, tokens)
+        recorded.replay()
         # The next replay writes to the same places.
-        return _first(replayed.output, len(sequences), copy=True)
+        return _first(recorded.output, len(sequences), copy=True)
 
     def _eager(self, inputs: Inputs) -> Output:
         rows = step_rows(
@@ -162,23 +204,21 @@ class Steps:
         )
         return self._network.forward(rows, self._pools.layers, rows.owner_R)
 
-    def _captured(self, bucket: Bucket) -> _Replayed:
-        """Padding only: no sequence is touched while kernels compile and the graph is recorded."""
-        device = self._pools.device
-        inputs = Inputs.empty(bucket, device)
-        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            self._eager(inputs)
-        torch.cuda.current_stream(device).wait_stream(side)
-        torch.cuda.synchronize(device)
-        if self._memory is None:
-            self._memory = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            output = self._eager(inputs)
-        _log.info("captured a decode step of %d rows and %d pages", bucket.rows, bucket.pages)
-        return _Replayed(inputs, graph, output)
+    def _recording(self, bucket: Bucket, recorder: Recorder) -> _Recorded:
+        if self._generation != self._pools.generation:
+            # Memory has moved: what was recorded points to where it was.
+            self._recorded.clear()
+            self._generation = self._pools.generation
+        if bucket not in self._recorded:
+            # Padding only: no sequence is touched while kernels compile and the run is recorded.
+            inputs = Inputs.empty(bucket, self._pools.device)
+            output, replay = recorder.record(lambda: self._eager(inputs))
+            self._recorded[bucket] = _Recorded(inputs, output, replay)
+            _log.info("recorded a decode step of %d rows and %d pages", bucket.rows, bucket.pages)
+        self._recorded.move_to_end(bucket)
+        if len(self._recorded) > _MOST_GRAPHS:
+            self._recorded.popitem(last=False)
+        return self._recorded[bucket]
 
 
 def _first(output: Output, count: int, *, copy: bool = False) -> Output:
