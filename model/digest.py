@@ -25,7 +25,6 @@ Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]
 
 LANES = 2
-_MOST_RANKS = 64
 _PIECE_WORDS = 1 << 15
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _STEP, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -35,10 +34,8 @@ Share = tuple[int, ...]
 class TensorSum:
     """Adds up one tensor, given in any pieces that do not overlap."""
 
-    def __init__(self, name: str, row_bytes: int, *, column_cut: bool) -> None:
-        """`column_cut`: a rank may hold only some columns; words then never cross such a cut."""
-        part = row_bytes // math.gcd(row_bytes, _MOST_RANKS) if column_cut else row_bytes
-        self._word = math.gcd(part, 8)
+    def __init__(self, name: str, row_bytes: int) -> None:
+        self._word = math.gcd(row_bytes, 8)
         seeds = hashlib.blake2b(name.encode(), digest_size=16 * LANES).digest()
         keys = np.frombuffer(seeds, np.uint64)
         self._rows, self._columns = keys[:LANES], keys[LANES:]

@@ -1,7 +1,7 @@
 """`Grid`: how one replica is cut over ranks, and which place this rank has. Torch-free.
 
-A replica has `cp` planes of `tp * ep` ranks. Inside a plane attention heads and output groups are
-cut over all `tp * ep` ranks, routed experts over `ep`, and every expert's width over `tp`. Planes
+A replica has `cp` planes of `tp * ep` ranks. Inside a plane attention heads and outputs are
+cut over all `tp * ep` ranks, routed experts over `ep`, and every expert's outputs over `tp`. Planes
 share the rows of a prefill chunk between them (deepseek-v4.md 8, "Context parallel"); each holds
 the whole cache, because there is one KV head (T23).
 

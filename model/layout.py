@@ -12,7 +12,7 @@ from model.config import CSA_RATIO, ModelConfig
 from model.drafts.plan import DraftPlan
 from penstock.blocks import CacheLayout, Component, ComponentKind
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 EVIDENCE_PAIRS = 8
 _FP8_GROUP = 64
 _FP4_GROUP = 32

@@ -189,7 +189,7 @@ def _open(
             numerics=numerics,
             max_model_len=limit,
         )
-        check_grid(config, grid, rounding=options.rounding.activations)
+        check_grid(config, grid)
         if draft_tokens == "auto" and not checkpoint.has_drafts:
             draft_tokens = 0
         drafts = plan_drafts(config, draft_tokens, confidence=draft_confidence)

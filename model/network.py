@@ -23,9 +23,10 @@ from model.drafts.plan import DraftPlan
 from model.layers.attention import Attention, AttentionWeights
 from model.layers.block import Block, Wanted
 from model.layers.compressor import Compressor
+from model.layers.experts import Expert, experts_of
 from model.layers.head import HeadCollapse
 from model.layers.indexer import Indexer
-from model.layers.moe import Expert, Moe, Router
+from model.layers.moe import Moe, Router
 from model.layout import EVIDENCE_PAIRS
 from model.linear import Linear, linear
 from model.ranks.communicator import Communicator
@@ -161,7 +162,7 @@ class Network:
         """[R, V] fp32 of collapsed and normalised rows."""
         part = self._head(self._ops.pad_rows(hidden_RD))[: hidden_RD.shape[0]]
         # A vocabulary that the plane does not divide is whole on every rank.
-        return part if part.shape[1] == self._config.vocab_size else self._comm.join_plane(part)
+        return part if part.shape[1] == self._config.vocab_size else self._comm.join_plane(part)[0]
 
     def _linear(self, *names: str, dtype: torch.dtype | None = None) -> Linear:
         """Several weights stacked along their outputs make one product."""
@@ -277,6 +278,7 @@ class Network:
             weights,
             ratio=ratio,
             heads=c.heads // plane,
+            sharers=max(plane // c.o_groups, 1),
             head_dim=c.head_dim,
             norm_eps=c.norm_eps,
             compressor=self._compressor(layer, name + "compressor.") if ratio else None,
@@ -303,17 +305,23 @@ class Network:
             bias_E=None if hashed else self._vector(name + "gate.bias"),
             table_VK=self._hash_table(name) if hashed else None,
         )
-        experts = local_experts(c.experts, self._comm.grid)
+        numbers = local_experts(c.experts, self._comm.grid)
+        experts = experts_of(
+            self._ops,
+            [self._expert(f"{name}experts.{e}.") for e in numbers],
+            self._expert(name + "shared_experts."),
+            first=numbers.start,
+            total=c.experts,
+            outputs=c.hidden // self._comm.grid.tp,
+            limit=c.swiglu_limit,
+        )
         return Moe(
             self._ops,
             router,
-            [self._expert(f"{name}experts.{e}.") for e in experts],
-            self._expert(name + "shared_experts."),
+            experts,
             comm=self._comm,
-            first=experts.start,
             active=c.active_experts,
             route_scale=c.route_scale,
-            limit=c.swiglu_limit,
         )
 
     def _hash_table(self, name: str) -> Tensor:

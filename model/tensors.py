@@ -38,23 +38,16 @@ class Kind(StrEnum):
 
 
 class Cut(StrEnum):
-    """Which part of a tensor a rank holds; `Expected.slices` turns it into ranges."""
+    """Which part of a tensor a rank holds; `Expected.slices` turns it into ranges.
+
+    A matrix is cut by its outputs only: every output is one sum over all inputs on one rank.
+    """
 
     WHOLE = "whole"
     ROWS = "rows"
     """Outputs over the plane's tp * ep ranks, in order of the plane rank."""
-    COLUMNS = "columns"
-    """Inputs over the plane: the products of the ranks are summed."""
     EXPERT_ROWS = "expert_rows"
     """An expert of this ep rank; its outputs over tp."""
-    EXPERT_COLUMNS = "expert_columns"
-    """An expert of this ep rank; its inputs over tp."""
-    GROUP_ROWS = "group_rows"
-    """Whole output groups over the plane; with fewer groups than ranks, the ranks of a group share
-    its inputs: what they make is summed behind `wo_b`, which is linear.
-    """
-    GROUP_COLUMNS = "group_columns"
-    """Inputs of the same groups: all that a rank's share of them goes into."""
     VOCABULARY = "vocabulary"
     """Outputs over the plane if it divides them, else whole: the ranks' logits are gathered."""
 
@@ -96,8 +89,6 @@ class Expected:
     """Number of the routed expert that it belongs to."""
     experts: int = 0
     """Routed experts of that layer (0 where `expert` is None)."""
-    groups: int = 0
-    """Output groups (0 but for `GROUP_ROWS` and `GROUP_COLUMNS`)."""
 
     @property
     def numbers(self) -> int:
@@ -117,21 +108,14 @@ class Expected:
                 return whole
             case Cut.VOCABULARY:
                 uneven = self.shape[0] % grid.plane
-                return whole if uneven else _cut(whole, 0, grid.plane, grid.plane_rank)
-            case Cut.ROWS | Cut.COLUMNS:
-                return _cut(whole, int(self.cut is Cut.COLUMNS), grid.plane, grid.plane_rank)
-            case Cut.GROUP_ROWS | Cut.GROUP_COLUMNS:
-                dim, ways = int(self.cut is Cut.GROUP_COLUMNS), min(self.groups, grid.plane)
-                sharers = grid.plane // ways
-                group = _cut(whole, dim, ways, grid.plane_rank // sharers)
-                if self.cut is Cut.GROUP_COLUMNS or sharers == 1:
-                    return group
-                return _cut(group, 1, sharers, grid.plane_rank % sharers)
-            case Cut.EXPERT_ROWS | Cut.EXPERT_COLUMNS:
+                return whole if uneven else _cut(whole, grid.plane, grid.plane_rank)
+            case Cut.ROWS:
+                return _cut(whole, grid.plane, grid.plane_rank)
+            case Cut.EXPERT_ROWS:
                 assert self.expert is not None
                 if self.expert not in local_experts(self.experts, grid):
                     return None
-                return _cut(whole, int(self.cut is Cut.EXPERT_COLUMNS), grid.tp, grid.tp_rank)
+                return _cut(whole, grid.tp, grid.tp_rank)
 
     def local_shape(self, grid: Grid) -> tuple[int, ...] | None:
         """Shape of this rank's part."""
@@ -139,10 +123,9 @@ class Expected:
         return None if parts is None else tuple(part.stop - part.start for part in parts)
 
 
-def _cut(whole: tuple[slice, ...], dim: int, ways: int, which: int) -> tuple[slice, ...]:
-    size = whole[dim].stop // ways
-    mine = slice(which * size, (which + 1) * size)
-    return tuple(mine if at == dim else part for at, part in enumerate(whole))
+def _cut(whole: tuple[slice, ...], ways: int, which: int) -> tuple[slice, ...]:
+    size = whole[0].stop // ways
+    return (slice(which * size, (which + 1) * size), *whole[1:])
 
 
 def local_experts(experts: int, grid: Grid) -> range:
@@ -151,43 +134,34 @@ def local_experts(experts: int, grid: Grid) -> range:
     return range(grid.ep_rank * each, (grid.ep_rank + 1) * each)
 
 
-def check_grid(config: ModelConfig, grid: Grid, *, rounding: bool = False) -> None:
-    """Raise `ModelLoadError` with the numbers if the model cannot be cut this way.
-
-    `rounding`: activations are rounded per 128 channels before a linear; then a cut of a linear's
-    inputs must not go through such a group, or the ranks would round otherwise than one rank does.
-    """
+def check_grid(config: ModelConfig, grid: Grid) -> None:
+    """Raise `ModelLoadError` with the numbers if the model cannot be cut this way."""
     c = config
-    plane = f"{grid.plane} ranks (tensor parallel {grid.tp} x expert parallel {grid.ep})"
+    tensor = f"tensor parallel {grid.tp}"
+    plane = f"{grid.plane} ranks ({tensor} x expert parallel {grid.ep})"
     wrong = []
-    shared = grid.plane % c.o_groups == 0 and not rounding
-    if c.heads % grid.plane or (c.o_groups % grid.plane and not shared):
+    sharers = max(grid.plane // c.o_groups, 1)
+    if c.heads % grid.plane or (c.o_groups % grid.plane and grid.plane % c.o_groups):
         wrong.append(
             f"{c.heads} heads in {c.o_groups} output groups (o_groups) cannot be cut over {plane}"
+        )
+    elif c.o_rank % sharers:
+        wrong.append(
+            f"{c.o_rank} outputs of a group (o_lora_rank) cannot be cut over {sharers} ranks"
         )
     if c.experts % grid.ep:
         wrong.append(
             f"{c.experts} routed experts (n_routed_experts) cannot be cut over expert parallel "
             f"{grid.ep}"
         )
-    # FP4 stores two inputs in a byte.
-    unit = FP8_TILE if rounding else 2
-    per = f" in groups of {FP8_TILE}" if rounding else ""
-    for ways, who in ((grid.tp, f"tensor parallel {grid.tp}"), (grid.plane, plane)):
-        # A width that fits one rank whole needs no alignment.
-        if ways > 1 and c.expert_width % (ways * unit):
-            wrong.append(
-                f"the expert width {c.expert_width} (moe_intermediate_size) cannot be cut{per} "
-                f"over {who}"
-            )
-            break
-    if grid.plane > 1 and not c.o_groups % grid.plane:
-        inputs = c.o_groups // grid.plane * c.o_rank
-        if rounding and inputs % unit:
-            wrong.append(
-                f"{c.o_groups} output groups of {c.o_rank} (o_lora_rank) cannot be cut{per} over "
-                f"{plane}"
-            )
+    for size, what in (
+        (c.expert_width, f"the expert width {c.expert_width} (moe_intermediate_size)"),
+        (c.hidden, f"the model width {c.hidden} (hidden_size)"),
+    ):
+        for ways, who in ((grid.tp, tensor), (grid.plane, plane)):
+            if size % ways:
+                wrong.append(f"{what} cannot be cut over {who}")
+                break
     if wrong:
         raise ModelLoadError(f"the model does not fit these ranks: {'; '.join(wrong)}")
 
@@ -310,7 +284,9 @@ def _block(c: ModelConfig, precision: Precision, name: str, ratio: int, *, hashe
 
 
 def _attention(c: ModelConfig, dense: Kind, name: str, ratio: int) -> Rows:
-    """Heads and output groups are cut alike: a rank owns whole groups and their heads (T24)."""
+    """Heads and output groups are cut alike: a rank owns whole groups and their heads (T24), or,
+    with fewer groups than ranks, some heads and some outputs of one group.
+    """
     yield name + "wq_a.weight", Expected((c.q_rank, c.hidden), dense)
     yield name + "q_norm.weight", Expected((c.q_rank,))
     yield name + "wq_b.weight", Expected((c.heads * c.head_dim, c.q_rank), dense, Cut.ROWS)
@@ -319,12 +295,9 @@ def _attention(c: ModelConfig, dense: Kind, name: str, ratio: int) -> Rows:
     wide = c.heads // c.o_groups * c.head_dim
     yield (
         name + "wo_a.weight",
-        Expected((c.o_groups * c.o_rank, wide), dense, Cut.GROUP_ROWS, groups=c.o_groups),
+        Expected((c.o_groups * c.o_rank, wide), dense, Cut.ROWS),
     )
-    yield (
-        name + "wo_b.weight",
-        Expected((c.hidden, c.o_groups * c.o_rank), dense, Cut.GROUP_COLUMNS, groups=c.o_groups),
-    )
+    yield name + "wo_b.weight", Expected((c.hidden, c.o_groups * c.o_rank), dense, Cut.ROWS)
     yield name + "attn_sink", Expected((c.heads,), Kind.FP32, Cut.ROWS)
     if ratio:
         yield from _compressor(c.hidden, name + "compressor.", ratio, c.head_dim)
@@ -355,9 +328,9 @@ def _experts(c: ModelConfig, precision: Precision, name: str, *, hashed: bool) -
         part = f"{name}experts.{expert}."
         own = (expert, c.experts)
         yield part + "w1.weight", Expected(up, precision.experts, Cut.EXPERT_ROWS, *own)
-        yield part + "w2.weight", Expected(down, precision.experts, Cut.EXPERT_COLUMNS, *own)
+        yield part + "w2.weight", Expected(down, precision.experts, Cut.EXPERT_ROWS, *own)
         yield part + "w3.weight", Expected(up, precision.experts, Cut.EXPERT_ROWS, *own)
     part = name + "shared_experts."
     yield part + "w1.weight", Expected(up, precision.dense, Cut.ROWS)
-    yield part + "w2.weight", Expected(down, precision.dense, Cut.COLUMNS)
+    yield part + "w2.weight", Expected(down, precision.dense, Cut.ROWS)
     yield part + "w3.weight", Expected(up, precision.dense, Cut.ROWS)

@@ -28,7 +28,6 @@ from model.shards import Entry, Shards, named
 from model.tensors import (
     FP4_GROUP,
     FP8_TILE,
-    Cut,
     Expected,
     Kind,
     Precision,
@@ -164,12 +163,11 @@ def load_weights(
     dtype: torch.dtype = torch.float32,
     grid: Grid | None = None,
     drafts: bool = False,
-    rounding: bool = False,
 ) -> Weights:
     """Open the folder and read one rank's part. See `open_checkpoint` and `read_weights`."""
     checkpoint = open_checkpoint(folder, config)
     with checkpoint.shards:
-        check_grid(config, grid or Grid(), rounding=rounding)
+        check_grid(config, grid or Grid())
         return read_weights(checkpoint, dtype=dtype, grid=grid or Grid(), drafts=drafts)
 
 
@@ -293,8 +291,7 @@ class _Reader:
     def _sum(self, name: str, row_bytes: int) -> TensorSum | None:
         if not self._hashed:
             return None
-        rows_only = (Cut.WHOLE, Cut.ROWS, Cut.VOCABULARY, Cut.EXPERT_ROWS)
-        return TensorSum(name, row_bytes, column_cut=self._weight.cut not in rows_only)
+        return TensorSum(name, row_bytes)
 
     def _scales(self, tile_rows: int, tile_columns: int) -> Bytes:
         """Scale codes of every tile that the part touches."""

@@ -48,6 +48,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ps_select": (_P, _N, _N, _P, _N, _P),
     "ps_route": (_P, _N, _N, _P, _P, _N, _F, _P, _P),
     "ps_experts": (_P, _N, _N, _P, _P, _N, _P, _N, _N, _N, _N, _F, _P),
+    "ps_experts_up": (_P, _N, _N, _P, _P, _N, _P, _N, _N, _N, _N, _F, _P, _P),
+    "ps_experts_down": (_P, _P, _N, _P, _N, _P, _N, _N, _N, _N, _N, _N, _N, _P, _P),
 }
 _MAY_FAIL = {
     "ps_enter",
@@ -58,6 +60,8 @@ _MAY_FAIL = {
     "ps_select",
     "ps_route",
     "ps_experts",
+    "ps_experts_up",
+    "ps_experts_down",
 }
 
 
@@ -82,14 +86,34 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """Experts of one layer for `ps_experts`; `table` points into `kept`."""
+    """Experts `first`, `first + 1`, ... of one layer and its shared one, or a rank's part of them.
+
+    `table` points into `kept`.
+    """
 
     table: Tensor
-    kept: tuple[PackedWeight, ...]
-    count: int
-    width: int
-    shared_width: int
-    hidden: int
+    kept: tuple[tuple[PackedWeight, PackedWeight], ...]
+    first: int
+    unit: int
+
+    @property
+    def count(self) -> int:
+        """Routed ones."""
+        return len(self.kept) - 1
+
+    @property
+    def routed(self) -> tuple[int, int, int]:
+        """Inner channels made, inner channels read, and outputs of a routed expert."""
+        return _sizes(self.kept[0])
+
+    @property
+    def shared(self) -> tuple[int, int, int]:
+        return _sizes(self.kept[-1])
+
+
+def _sizes(pair: tuple[PackedWeight, PackedWeight]) -> tuple[int, int, int]:
+    w13, w2 = pair
+    return w13.outputs // 2, w2.inputs, w2.outputs
 
 
 class NativeOps(ReferenceOps):
@@ -441,25 +465,20 @@ class NativeOps(ReferenceOps):
     def stack_experts(
         self,
         experts: Sequence[tuple[PackedWeight, PackedWeight]],
-        shared: tuple[PackedWeight, PackedWeight] | None,
+        shared: tuple[PackedWeight, PackedWeight],
+        *,
+        first: int,
+        unit: int,
     ) -> PackedExperts:
+        pairs = (*experts, shared)
+        if any(w13.bf16 != w2.bf16 for w13, w2 in pairs):
+            raise ValueError("an expert's two matrices must be packed alike")
         table = [
             field
-            for w13, w2 in (*experts, *([shared] if shared else []))
+            for w13, w2 in pairs
             for field in (w13.panels.data_ptr(), w2.panels.data_ptr(), w13.bf16)
         ]
-        pairs = (*experts, *([shared] if shared else []))
-        mixed = any(w13.bf16 != w2.bf16 for w13, w2 in pairs)
-        if mixed:
-            raise ValueError("an expert's two matrices must be packed alike")
-        return PackedExperts(
-            torch.tensor([*table, *([] if shared else (0, 0, 0))], dtype=torch.int64),
-            tuple(weight for pair in pairs for weight in pair),
-            len(experts),
-            experts[0][1].inputs if experts else 0,
-            shared[1].inputs if shared else 0,
-            pairs[0][0].inputs,
-        )
+        return PackedExperts(torch.tensor(table, dtype=torch.int64), pairs, first, unit)
 
     def experts(
         self,
@@ -468,24 +487,81 @@ class NativeOps(ReferenceOps):
         weights_RK: Tensor,
         stack: PackedExperts,
         *,
-        first: int,
         limit: float,
     ) -> Tensor:
-        x = x_RD.contiguous()
+        x, ids, weights = x_RD.contiguous(), ids_RK.contiguous(), weights_RK.contiguous()
         out = torch.empty_like(x)
         self._lib.ps_experts(
             x.data_ptr(),
             x.shape[0],
             x.shape[1],
-            ids_RK.contiguous().data_ptr(),
-            weights_RK.contiguous().data_ptr(),
-            ids_RK.shape[1],
+            ids.data_ptr(),
+            weights.data_ptr(),
+            ids.shape[1],
             stack.table.data_ptr(),
-            first,
             stack.count,
-            stack.width,
-            stack.shared_width,
+            stack.unit,
+            stack.routed[0],
+            stack.shared[0],
             limit,
             out.data_ptr(),
         )
         return out
+
+    def experts_up(
+        self,
+        x_RD: Tensor,
+        ids_RK: Tensor,
+        weights_RK: Tensor,
+        stack: PackedExperts,
+        *,
+        limit: float,
+    ) -> tuple[Tensor, Tensor]:
+        x, ids, weights = x_RD.contiguous(), ids_RK.contiguous(), weights_RK.contiguous()
+        mine = int(((ids >= stack.first) & (ids < stack.first + stack.count)).sum())
+        inner = torch.empty((mine, stack.routed[0]))
+        shared = torch.empty((x.shape[0], stack.shared[0]))
+        self._lib.ps_experts_up(
+            x.data_ptr(),
+            x.shape[0],
+            x.shape[1],
+            ids.data_ptr(),
+            weights.data_ptr(),
+            ids.shape[1],
+            stack.table.data_ptr(),
+            stack.first,
+            stack.count,
+            stack.routed[0],
+            stack.shared[0],
+            limit,
+            inner.data_ptr(),
+            shared.data_ptr(),
+        )
+        return inner, shared
+
+    def experts_down(
+        self, inner_NI: Tensor, shared_RI: Tensor, ids_RK: Tensor, stack: PackedExperts
+    ) -> tuple[Tensor, Tensor]:
+        inner, given, ids = inner_NI.contiguous(), shared_RI.contiguous(), ids_RK.contiguous()
+        rows = given.shape[0]
+        (_, width, outputs), (_, shared_width, shared_outputs) = stack.routed, stack.shared
+        routed = torch.empty((rows, outputs))
+        shared = torch.empty((rows, shared_outputs))
+        self._lib.ps_experts_down(
+            inner.data_ptr(),
+            given.data_ptr(),
+            rows,
+            ids.data_ptr(),
+            ids.shape[1],
+            stack.table.data_ptr(),
+            stack.first,
+            stack.count,
+            stack.unit,
+            width,
+            shared_width,
+            outputs,
+            shared_outputs,
+            routed.data_ptr(),
+            shared.data_ptr(),
+        )
+        return routed, shared

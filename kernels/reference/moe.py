@@ -1,9 +1,12 @@
 """Mixture of experts: routing and the clamped SwiGLU (deepseek-v4.md 1.4, T5, T6, T9).
 
-Shape suffixes: R rows, E experts, K active experts, I expert width.
+Shape suffixes: R rows, E experts, K active experts, I expert width, D model width.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -54,3 +57,37 @@ def swiglu(gate_up_RI: Tensor, *, limit: float) -> Tensor:
     if limit > 0:
         gate, up = gate.clamp_max(limit), up.clamp(-limit, limit)
     return silu(gate) * up
+
+
+_MOST_PARTS = 8
+
+
+def part_size(experts: int) -> int:
+    """Experts of one part: all of them lie in 1, 2, 4 or 8 equal parts, as many as their number
+    allows. See `add_experts`.
+    """
+    return experts // math.gcd(experts, _MOST_PARTS)
+
+
+def add_experts(y_RKD: Tensor, ids_RK: Tensor, *, experts: int) -> Tensor:
+    """[R, D]: a row's outputs in ascending order of experts within each part, then the parts as a
+    binary tree.
+
+    So 2, 4 or 8 ranks that hold consecutive experts each hold a whole branch, and adding up what
+    they have is the same sum. Slots of experts that are not there are zeros.
+    """
+    unit = part_size(experts)
+    parts = y_RKD.new_zeros((y_RKD.shape[0], experts // unit, y_RKD.shape[2]))
+    row = torch.arange(y_RKD.shape[0])
+    for slot in range(ids_RK.shape[1]):
+        part = ids_RK[:, slot] // unit
+        parts[row, part] = parts[row, part] + y_RKD[:, slot]
+    return add_branches(parts.unbind(1))
+
+
+def add_branches(parts: Sequence[Tensor]) -> Tensor:
+    """Sum of neighbours, of neighbouring sums, and so on."""
+    while len(parts) > 1:
+        pairs = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)]
+        parts = [*pairs, *parts[2 * len(pairs) :]]
+    return parts[0]

@@ -32,7 +32,7 @@ class ReferenceOps:
     fingerprint.
     """
 
-    name = "reference-1"
+    name = "reference-2"
     row_multiple = lanes.ROW_MULTIPLE
     """Rows of a pass are padded to a multiple of this."""
 
@@ -74,6 +74,7 @@ class ReferenceOps:
     leave = staticmethod(mhc.leave)
     prepare_head = staticmethod(mhc.prepare_head)
     route = staticmethod(moe.route)
+    add_experts = staticmethod(moe.add_experts)
     norm_rotate = staticmethod(rope.norm_rotate)
     index_round = staticmethod(rows.index_round)
     entry_masses = staticmethod(attend.entry_masses)
@@ -112,8 +113,10 @@ class ReferenceOps:
         """x W^T of a packed weight, fp32."""
         raise NotImplementedError("this set of ops packs no weights")
 
-    def stack_experts(self, experts: Sequence[Any], shared: Any) -> Any:
-        """Packed experts for `experts`; None: this set has no such op."""
+    def stack_experts(self, experts: Sequence[Any], shared: Any, *, first: int, unit: int) -> Any:
+        """Packed experts `first`, ... and the shared one, or parts of them; `unit` as in
+        `moe.part_size`. None: this set has no such ops.
+        """
         return None
 
     def experts(
@@ -123,8 +126,31 @@ class ReferenceOps:
         weights_RK: Tensor,
         stack: Any,
         *,
-        first: int,
         limit: float,
     ) -> Tensor:
-        """[R, D]: routed experts in ascending order, then the shared one, of stacked weights."""
+        """[R, D]: routed experts as `moe.add_experts` adds them, then the shared one, of whole
+        stacked weights.
+        """
+        raise NotImplementedError("this set of ops has no stacked experts")
+
+    def experts_up(
+        self,
+        x_RD: Tensor,
+        ids_RK: Tensor,
+        weights_RK: Tensor,
+        stack: Any,
+        *,
+        limit: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted inner channels [N, I] of this stack's slots, by expert and then by slot, and
+        those of the shared expert [R, I].
+        """
+        raise NotImplementedError("this set of ops has no stacked experts")
+
+    def experts_down(
+        self, inner_NI: Tensor, shared_RI: Tensor, ids_RK: Tensor, stack: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs [R, D] of this stack's routed experts, added, and of the shared one; from all
+        inner channels.
+        """
         raise NotImplementedError("this set of ops has no stacked experts")

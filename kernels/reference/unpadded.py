@@ -21,7 +21,7 @@ from kernels.reference.ops import ReferenceOps
 class UnpaddedOps(ReferenceOps):
     """See the module."""
 
-    name = "unpadded-1"
+    name = "unpadded-2"
     row_multiple = 1
 
     def pad_rows(self, x: Tensor, *, multiple: int = 1) -> Tensor:

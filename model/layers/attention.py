@@ -61,14 +61,17 @@ class Attention:
         *,
         ratio: int,
         heads: int,
+        sharers: int,
         head_dim: int,
         norm_eps: float,
         compressor: Compressor | None,
         indexer: Indexer | None,
         comm: Communicator,
     ) -> None:
-        """`heads` and the weights of heads and output groups are this rank's."""
-        self._comm = comm
+        """`heads` and the weights of heads and output groups are this rank's; `sharers` ranks share
+        a group, each with some of its outputs.
+        """
+        self._comm, self._sharers = comm, sharers
         self._ops, self._codec, self._w = ops, codec, weights
         self._ratio, self._heads, self._dim = ratio, heads, head_dim
         self._eps = norm_eps
@@ -170,38 +173,50 @@ class Attention:
         y = self._project_out(ops.rotate(out, *cos_sin, inverse=True))
         if picked is None or evidence_rows is None:
             return Attended(y)
-        masses = [
-            ops.entry_masses(
-                q[row],
-                caches[_owner(rows.spans, row)].entries_EC,
-                picked[row],
-                top[row],
-                norm[row],
-                scale=self._scale,
-            )
-            for row in evidence_rows
-        ]
-        return Attended(y, self._evidence(masses, picked[list(evidence_rows)]))
+        asked = list(evidence_rows)
+        entries = [caches[_owner(rows.spans, row)].entries_EC for row in asked]
+        evidence = self._evidence(q[asked], entries, picked[asked], top[asked], norm[asked])
+        return Attended(y, evidence)
 
-    def _evidence(self, masses: list[Tensor], picked_RK: Tensor) -> list[list[tuple[int, float]]]:
-        """Heaviest entries of each row: (entry, mass averaged over heads), ties to the lower
+    def _evidence(
+        self,
+        q_RHC: Tensor,
+        entries: list[Tensor],
+        picked_RK: Tensor,
+        top_RH: Tensor,
+        norm_RH: Tensor,
+    ) -> list[list[tuple[int, float]]]:
+        """Heaviest entries of each row: (entry, mass averaged over all heads), ties to the lower
         entry.
         """
-        mass_RK = torch.stack(masses)
-        if self._comm.grid.plane > 1:
-            mass_RK = self._comm.sum_plane(mass_RK) / self._comm.grid.plane
+        q, top, norm = self._comm.join_plane(q_RHC.flatten(1), top_RH, norm_RH)
+        q = q.view(q.shape[0], -1, self._dim)
         found = []
-        for row, weights in zip(picked_RK.tolist(), mass_RK.tolist(), strict=True):
-            pairs = [(e, m) for e, m in zip(row, weights, strict=True) if e >= 0 and m > 0.0]
+        for row, known in enumerate(entries):
+            mass = self._ops.entry_masses(
+                q[row], known, picked_RK[row], top[row], norm[row], scale=self._scale
+            )
+            listed = zip(picked_RK[row].tolist(), mass.tolist(), strict=True)
+            pairs = [(e, m) for e, m in listed if e >= 0 and m > 0.0]
             found.append(sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:EVIDENCE_PAIRS])
         return found
 
     def _project_out(self, out_RHC: Tensor) -> Tensor:
         """Grouped output projection (2.1): one matrix per group of heads, then `wo_b`."""
-        groups = len(self._w.wo_a)
-        parts = out_RHC.reshape(out_RHC.shape[0], groups, -1).unbind(1)
-        low = [wo(part.contiguous()) for wo, part in zip(self._w.wo_a, parts, strict=True)]
-        return self._comm.sum_plane(self._w.wo_b(torch.cat(low, 1)))
+        w, comm = self._w, self._comm
+        heads = out_RHC.flatten(1)
+        if self._sharers > 1:
+            # Outputs of a group are cut, so each of its ranks needs all heads of the group.
+            group = comm.grid.plane_rank // self._sharers
+            (heads,) = comm.join_plane(heads)
+            heads = heads.view(heads.shape[0], -1, self._sharers * self._heads * self._dim)[
+                :, group
+            ]
+        parts = heads.reshape(heads.shape[0], len(w.wo_a), -1).unbind(1)
+        low = torch.cat([wo(x.contiguous()) for wo, x in zip(w.wo_a, parts, strict=True)], 1)
+        (low,) = comm.join_plane(low)
+        (y,) = comm.join_plane(w.wo_b(low))
+        return y
 
 
 def _owner(spans: Sequence[Span], row: int) -> int:

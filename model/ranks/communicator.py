@@ -1,11 +1,9 @@
 """`Communicator`: what a rank says to the others in the middle of a forward.
 
-Three things move: partial sums inside a plane, slices of the logits inside a plane, and rows
-between planes (`model.grid`). A group of one rank moves nothing, so one rank runs the same code.
-
-Order is fixed: a sum adds the ranks' parts in the order of their numbers, element by element, so it
-does not depend on the batch, on timing or on the transport, and every rank gets the same bits.
-Class `fast` leaves the order to the transport.
+Rows and columns move, sums do not: inside a plane the ranks' columns are put side by side, between
+planes rows are (`model.grid`). What is added up afterwards every rank adds alike, so a result
+depends neither on the batch nor on timing nor on the transport. A group of one rank moves nothing,
+so one rank runs the same code.
 
 Shape suffixes: R rows, N columns.
 """
@@ -36,9 +34,6 @@ class Exchange(Protocol):
         `patient`: wait for as long as the others live.
         """
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over all ranks, in any order."""
-
     def close(self) -> None:
         """May be called again. Ends waiting calls of the other members with an error."""
 
@@ -51,42 +46,38 @@ class Single:
     def all_gather(self, x: Tensor, *, patient: bool = False) -> list[Tensor]:
         return [x]
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return x
-
     def close(self) -> None:
         return
 
 
 class Communicator:
-    """The groups that one rank belongs to: its plane, and the ranks at its place in every plane."""
+    """The groups that one rank belongs to: its plane, those of the plane that hold the same
+    experts, and the ranks at its place in every plane.
+    """
 
-    def __init__(
-        self, grid: Grid, *, plane: Exchange, planes: Exchange, in_order: bool = True
-    ) -> None:
-        if (plane.size, planes.size) != (grid.plane, grid.cp):
-            raise ValueError(f"groups of {plane.size} and {planes.size} ranks for {grid}")
+    def __init__(self, grid: Grid, *, plane: Exchange, tensor: Exchange, planes: Exchange) -> None:
+        if (plane.size, tensor.size, planes.size) != (grid.plane, grid.tp, grid.cp):
+            sizes = f"{plane.size}, {tensor.size} and {planes.size}"
+            raise ValueError(f"groups of {sizes} ranks for {grid}")
         self.grid = grid
-        self._plane, self._planes = plane, planes
-        self._in_order = in_order
+        self._plane, self._tensor, self._planes = plane, tensor, planes
 
-    def sum_plane(self, part: Tensor) -> Tensor:
-        """Sum of the plane's parts, added in fp32 in rank order, in the type of `part`."""
-        if self.grid.plane == 1:
-            return part
-        if not self._in_order:
-            return self._plane.all_reduce(part)
-        first, *others = self._plane.all_gather(part.contiguous())
-        total = first.to(torch.float32, copy=True)
-        for other in others:
-            total += other
-        return total.to(part.dtype)
+    def gather_plane(self, *parts_RN: Tensor) -> list[tuple[Tensor, ...]]:
+        """Every rank's parts, by rank; alike in shape and type on all of them. One message."""
+        return _gather(self._plane, parts_RN)
 
-    def join_plane(self, part_RN: Tensor) -> Tensor:
-        """The plane's columns side by side, in rank order."""
+    def join_plane(self, *parts_RN: Tensor) -> tuple[Tensor, ...]:
+        """For each part the plane's columns side by side, in rank order. One message."""
         if self.grid.plane == 1:
+            return parts_RN
+        found = zip(*self.gather_plane(*parts_RN), strict=True)
+        return tuple(torch.cat(columns, -1) for columns in found)
+
+    def join_tensor(self, part_RN: Tensor) -> Tensor:
+        """The columns of the ranks that hold the same experts, in rank order."""
+        if self.grid.tp == 1 or not part_RN.numel():
             return part_RN
-        return torch.cat(self._plane.all_gather(part_RN.contiguous()), -1)
+        return torch.cat(self._tensor.all_gather(part_RN.contiguous()), -1)
 
     def plane_numbers(self, mine: Sequence[int]) -> list[tuple[int, ...]]:
         """What every rank of the plane tells, by rank: equally many numbers of 0 .. 2^64 - 1.
@@ -114,10 +105,21 @@ class Communicator:
         return [part[:count] for part, count in zip(found, counts, strict=True)]
 
     def close(self) -> None:
-        self._plane.close()
-        self._planes.close()
+        for group in (self._plane, self._tensor, self._planes):
+            group.close()
+
+
+def _gather(group: Exchange, parts: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    if len(parts) == 1:
+        return [(found,) for found in group.all_gather(parts[0].contiguous())]
+    told = group.all_gather(torch.cat([part.reshape(-1) for part in parts]))
+    sizes = [part.numel() for part in parts]
+    return [
+        tuple(x.view(part.shape) for x, part in zip(torch.split(flat, sizes), parts, strict=True))
+        for flat in told
+    ]
 
 
 def alone() -> Communicator:
     """One rank, no others."""
-    return Communicator(Grid(), plane=Single(), planes=Single())
+    return Communicator(Grid(), plane=Single(), tensor=Single(), planes=Single())

@@ -55,18 +55,24 @@ def join_meeting(host: str, port: int, *, timeout_s: float) -> Meeting:
     return Meeting(_c10d.TCPStore(host, port, timeout=timeout, wait_for_workers=False), timeout_s)
 
 
-def connect(grid: Grid, meeting: Meeting, *, address: str, in_order: bool) -> Communicator:
+def connect(grid: Grid, meeting: Meeting, *, address: str) -> Communicator:
     """This rank's groups, once all ranks are there; raises `RuntimeError` after the timeout.
 
     `address` is this rank's own address, over which the others reach it.
     """
     plane: Exchange = Single()
+    tensor: Exchange = Single()
     planes: Exchange = Single()
     if grid.plane > 1:
         plane = _Group(f"plane{grid.cp_rank}", grid.plane_rank, grid.plane, meeting, address)
+    if grid.ep == 1:
+        tensor = plane
+    elif grid.tp > 1:
+        name = f"tensor{grid.cp_rank}.{grid.ep_rank}"
+        tensor = _Group(name, grid.tp_rank, grid.tp, meeting, address)
     if grid.cp > 1:
         planes = _Group(f"line{grid.plane_rank}", grid.cp_rank, grid.cp, meeting, address)
-    return Communicator(grid, plane=plane, planes=planes, in_order=in_order)
+    return Communicator(grid, plane=plane, tensor=tensor, planes=planes)
 
 
 class _Group:
@@ -94,11 +100,6 @@ class _Group:
             options.timeout = _PATIENCE
         self._live.allgather([found], [x], options).wait()
         return found
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        self._live.allreduce([total]).wait()
-        return total
 
     def close(self) -> None:
         # Dropping the group closes its connections, and so wakes whoever waits for this rank.

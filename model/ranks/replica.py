@@ -39,7 +39,7 @@ def open_replica(
     """
     followers = Followers(spec, ranks, host=host, start=start)
     try:
-        comm = _meet_all(followers, ranks, spec, host) if exchanges else None
+        comm = _meet_all(followers, ranks, host) if exchanges else None
         try:
             engine = open_part(comm)
         except RuntimeError:
@@ -59,14 +59,14 @@ def open_replica(
     return RankedEngine(engine, followers)
 
 
-def _meet_all(followers: Followers, ranks: RankSpec, spec: ModelSpec, host: str) -> Communicator:
+def _meet_all(followers: Followers, ranks: RankSpec, host: str) -> Communicator:
     from model.ranks.groups import connect, host_meeting
 
     meeting, port = host_meeting(host, timeout_s=ranks.timeout_s)
     followers.tell({"meet": port})
     grid = Grid(ranks.tensor, ranks.expert, ranks.context)
     try:
-        return connect(grid, meeting, address=host, in_order=spec.numerics == "exact")
+        return connect(grid, meeting, address=host)
     except RuntimeError as error:
         raise UnavailableError(
             f"the ranks of this worker do not reach each other: {error}"
@@ -101,12 +101,7 @@ def _meet(order: Order, channel: Channel) -> Communicator:
     timeout_s = order.ranks.timeout_s
     try:
         meeting = join_meeting(order.host, int(head["meet"]), timeout_s=timeout_s)
-        return connect(
-            order.grid,
-            meeting,
-            address=channel.own_address,
-            in_order=order.model.numerics == "exact",
-        )
+        return connect(order.grid, meeting, address=channel.own_address)
     except RuntimeError as error:
         raise UnavailableError(f"it does not reach the other ranks: {error}") from None
 

@@ -37,12 +37,6 @@ class _Member:
         self._table.barrier.wait()
         return found
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        first, *others = self.all_gather(x)
-        for other in others:
-            first += other
-        return first
-
     def close(self) -> None:
         self._table.barrier.abort()
 
@@ -55,11 +49,13 @@ def thread_ranks(*, tp: int = 1, ep: int = 1, cp: int = 1) -> list[Communicator]
     """
     grids = [Grid(tp, ep, cp, rank) for rank in range(tp * ep * cp)]
     plane_tables = [_Table(tp * ep) for _ in range(cp)]
+    tensor_tables = [[_Table(tp) for _ in range(ep)] for _ in range(cp)]
     line_tables = [_Table(cp) for _ in range(tp * ep)]
     return [
         Communicator(
             grid,
             plane=_Member(plane_tables[grid.cp_rank], grid.plane_rank),
+            tensor=_Member(tensor_tables[grid.cp_rank][grid.ep_rank], grid.tp_rank),
             planes=_Member(line_tables[grid.plane_rank], grid.cp_rank),
         )
         for grid in grids

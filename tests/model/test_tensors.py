@@ -160,27 +160,29 @@ def test_heads_groups_and_experts_of_a_rank_belong_together() -> None:
     assert wq_b and wo_a and wo_b and sink
     assert sink == (slice(6, 8),)
     assert wq_b[0] == slice(6 * 128, 8 * 128)
-    assert wo_a[0] == wo_b[1] == slice(3 * 16, 4 * 16)
+    assert wo_a == (slice(3 * 16, 4 * 16), slice(0, 256))
+    assert wo_b == (slice(3 * 16, 4 * 16), slice(0, 64))
     assert local_experts(8, grid) == range(4, 8)
     assert table["layers.1.ffn.experts.3.w1.weight"].slices(grid) is None
-    assert table["layers.1.ffn.experts.4.w2.weight"].slices(grid) == (slice(0, 64), slice(32, 64))
+    assert table["layers.1.ffn.experts.4.w2.weight"].slices(grid) == (slice(32, 64), slice(0, 64))
 
 
 @pytest.mark.parametrize(
-    ("grid", "rounding", "words"),
+    ("changes", "grid", "words"),
     [
-        (Grid(tp=3), False, "8 heads in 4 output groups"),
-        (Grid(ep=16), False, "8 routed experts"),
-        (Grid(tp=2), True, "expert width 64"),
-        (Grid(tp=4), True, "4 output groups of 16"),
+        ({}, Grid(tp=3), "8 heads in 4 output groups"),
+        ({}, Grid(ep=16), "8 routed experts"),
+        ({"moe_intermediate_size": 62}, Grid(tp=4), "expert width 62"),
+        ({"hidden_size": 68}, Grid(tp=8), "model width 68"),
+        ({"o_lora_rank": 15}, Grid(tp=8), "15 outputs of a group"),
     ],
 )
 def test_a_grid_that_does_not_divide_the_model_is_refused_with_the_numbers(
-    grid: Grid, rounding: bool, words: str
+    changes: dict[str, Any], grid: Grid, words: str
 ) -> None:
-    config = ModelConfig.parse(official_config(TINY))
+    config = ModelConfig.parse({**official_config(TINY), **changes})
     with pytest.raises(ModelLoadError, match=words) as caught:
-        check_grid(config, grid, rounding=rounding)
+        check_grid(config, grid)
     print(caught.value.message)
     assert "\n" not in caught.value.message
 

@@ -44,71 +44,164 @@ PUBLIC int ps_route(const float *logits, int64_t rows, int64_t experts, const fl
     return 0;
 }
 
-/* silu(min(gate, limit)) * clamp(up) * weight of rows [gate | up]; limit 0: no clamp (T5, T6). */
-INLINE void swiglu(const float *both, int64_t width, float limit, float weight, float *out) {
-    for (int64_t i = 0; i < width; i += 16) {
-        v16 gate = ld(both + i), up = ld(both + width + i);
-        if (limit > 0) {
-            gate = min16(gate, all(limit));
-            up = min16(max16(up, all(-limit)), all(limit));
-        }
-        st(out + i, gate * sigmoid16(gate) * up * weight);
+/* silu(min(gate, limit)) * clamp(up); limit 0: no clamp (T5, T6). */
+INLINE v16 swiglu(v16 gate, v16 up, float limit) {
+    if (limit > 0) {
+        gate = min16(gate, all(limit));
+        up = min16(max16(up, all(-limit)), all(limit));
     }
+    return gate * sigmoid16(gate) * up;
 }
 
 typedef struct { const void *w13, *w2; int64_t bf16; } Expert;
 
-static int run(const Expert *expert, const float *x, const float *weight, int64_t rows, int64_t d,
-               int64_t width, float limit, float *out) {
-    int64_t pad = (width + 15) / 16 * 16 + 16;
-    float *both = ps_scratch(1, rows * (2 * width + pad)), *inner = both + rows * 2 * width;
-    if (!both) return -1;
-    ps_tile_product(x, d, rows, expert->w13, (int)expert->bf16, d, 2 * width, both, 2 * width);
-    for (int64_t r = 0; r < rows; r++)
-        swiglu(both + r * 2 * width, width, limit, weight ? weight[r] : 1.0f, inner + r * pad);
-    ps_tile_product(inner, pad, rows, expert->w2, (int)expert->bf16, width, d, out, d);
+/* Which rows an expert sees. `list`: slots (row k + j) of experts first .. first + n - 1 by expert,
+ * then ascending; those of expert first + e end at end[e]. */
+typedef struct { int64_t *list, *end, most; } Plan;
+
+static int plan(const int64_t *ids, int64_t slots, int64_t first, int64_t n, Plan *to) {
+    to->list = (int64_t *)ps_scratch(3, 2 * (slots + n + 1));
+    if (!to->list) return -1;
+    int64_t *at = to->end = to->list + slots;
+    memset(at, 0, (size_t)(n + 1) * 8);
+    for (int64_t i = 0; i < slots; i++)
+        if (ids[i] >= first && ids[i] < first + n) at[ids[i] - first + 1]++;
+    to->most = 0;
+    for (int64_t e = 0; e < n; e++) to->most = at[e + 1] > to->most ? at[e + 1] : to->most;
+    for (int64_t e = 0; e < n; e++) at[e + 1] += at[e];
+    for (int64_t i = 0; i < slots; i++)
+        if (ids[i] >= first && ids[i] < first + n) to->list[at[ids[i] - first]++] = i;
     return 0;
 }
 
-/* out[rows][d] = sum over a row's experts in ascending order, then + the shared expert.
- *
- * `experts` holds {w13, w2, bf16} of experts first .. first + n - 1 and then of the shared expert
- * (w13 NULL: none); other ids belong to other ranks. `width` and `shared_width`: an expert's inner
- * channels here. 0, or -1 out of memory. */
-PUBLIC int ps_experts(const float *x, int64_t rows, int64_t d, const int64_t *ids,
-                      const float *weights, int64_t k, const Expert *experts, int64_t first,
-                      int64_t n, int64_t width, int64_t shared_width, float limit, float *out) {
-    const Expert *shared = experts + n;
-    int64_t *list = (int64_t *)ps_scratch(3, 2 * (rows * k + n + 1)), most = rows;
-    if (!list) return -1;
-    int64_t *start = list + rows * k;
-    memset(start, 0, (size_t)(n + 1) * 8);
-    for (int64_t i = 0; i < rows * k; i++)
-        if (ids[i] >= first && ids[i] < first + n) start[ids[i] - first + 1]++;
-    /* A hash table may name an expert twice for one token. */
-    for (int64_t e = 0; e < n; e++) most = start[e + 1] > most ? start[e + 1] : most;
-    float *gathered = ps_scratch(2, most * (2 * d + 1));
-    if (!gathered) return -1;
-    float *y = gathered + most * d, *weight = y + most * d;
-    for (int64_t e = 0; e < n; e++) start[e + 1] += start[e];
-    for (int64_t i = 0; i < rows * k; i++)
-        if (ids[i] >= first && ids[i] < first + n) list[start[ids[i] - first]++] = i;
-    memset(out, 0, (size_t)(rows * d) * 4);
-    for (int64_t e = 0, at = 0; e < n; at = start[e++]) {
-        int64_t count = start[e] - at;
-        if (!count) continue;
-        for (int64_t i = 0; i < count; i++) {
-            memcpy(gathered + i * d, x + list[at + i] / k * d, (size_t)d * 4);
-            weight[i] = weights[list[at + i]];
-        }
-        if (run(experts + e, gathered, weight, count, d, width, limit, y)) return -1;
-        for (int64_t i = 0; i < count; i++) {
-            float *to = out + list[at + i] / k * d;
-            for (int64_t j = 0; j < d; j++) to[j] += y[i * d + j];
-        }
+/* inner[rows][width] = swiglu of x W13 times the rows' weights (NULL: 1). */
+static int up(const Expert *expert, const float *x, const float *weight, int64_t rows, int64_t d,
+              int64_t width, float limit, float *inner) {
+    /* A vector that begins in a row's last lanes reads on behind it. */
+    float *both = ps_scratch(1, rows * 2 * width + 32), last[16];
+    if (!both) return -1;
+    ps_tile_product(x, d, rows, expert->w13, (int)expert->bf16, d, 2 * width, both, 2 * width);
+    for (int64_t r = 0; r < rows; r++) {
+        const float *gate = both + r * 2 * width, share = weight ? weight[r] : 1.0f;
+        int64_t i = 0;
+        for (; i + 16 <= width; i += 16)
+            st(inner + r * width + i, swiglu(ld(gate + i), ld(gate + width + i), limit) * share);
+        if (i == width) continue;
+        st(last, swiglu(ld(gate + i), ld(gate + width + i), limit) * share);
+        memcpy(inner + r * width + i, last, (size_t)(width - i) * 4);
     }
-    if (!shared->w13) return 0;
-    if (run(shared, x, NULL, rows, d, shared_width, limit, y)) return -1;
-    for (int64_t j = 0; j < rows * d; j++) out[j] += y[j];
     return 0;
+}
+
+/* `up` of one expert's rows, which lie apart in x. */
+static int up_routed(const Expert *expert, const float *x, const float *weights, int64_t k,
+                     const int64_t *list, int64_t count, int64_t d, int64_t width, float limit,
+                     float *inner) {
+    float *gathered = ps_scratch(2, count * (d + 1)), *weight = gathered + count * d;
+    if (!gathered) return -1;
+    for (int64_t i = 0; i < count; i++) {
+        memcpy(gathered + i * d, x + list[i] / k * d, (size_t)d * 4);
+        weight[i] = weights[list[i]];
+    }
+    return up(expert, gathered, weight, count, d, width, limit, inner);
+}
+
+static void add(float *to, const float *y, int64_t d) {
+    for (int64_t j = 0; j < d; j++) to[j] += y[j];
+}
+
+/* routed[rows][d]: each row's sum of y, which lie in the order of `list`: in ascending order of
+ * experts within a part of `unit` experts, then the parts as a binary tree over the parts of all
+ * experts, so that a rank which holds one or two or four parts holds a whole branch. A branch
+ * without an expert adds nothing. Then + shared, if it is there. y is written over.
+ *
+ * Adding 0 turns -0 into 0, as a rank without experts for a row adds it. */
+static int add_up(float *y, int64_t rows, int64_t k, int64_t d, const int64_t *ids,
+                  const Plan *slots, int64_t mine, int64_t unit, const float *shared,
+                  float *routed) {
+    int64_t *place = (int64_t *)ps_scratch(2, 2 * (rows + 2) * k), *part = place + rows * k;
+    float **term = (float **)(part + k);
+    if (!place) return -1;
+    memset(place, -1, (size_t)(rows * k) * 8);
+    for (int64_t i = 0; i < mine; i++) place[slots->list[i]] = i;
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t n = 0;
+        for (int64_t j = r * k; j < (r + 1) * k; j++)
+            if (place[j] >= 0) part[n] = ids[j] / unit, term[n++] = y + place[j] * d;
+        while (n > 1) {
+            int64_t left = 0;
+            for (int64_t i = 1; i < n; i++) {
+                if (part[i] == part[left]) add(term[left], term[i], d);
+                else left++, part[left] = part[i], term[left] = term[i];
+            }
+            n = left + 1;
+            for (int64_t i = 0; i < n; i++) part[i] /= 2;
+        }
+        float *to = routed + r * d;
+        if (n) for (int64_t j = 0; j < d; j++) to[j] = term[0][j] + 0.0f;
+        else memset(to, 0, (size_t)d * 4);
+        if (shared) add(to, shared + r * d, d);
+    }
+    return 0;
+}
+
+/* Up to the inner channels: inner[slots][width] of experts first .. first + n - 1 by expert, then
+ * by slot, and shared[rows][shared_width]. `experts` holds {w13, w2, bf16} of those and then of the
+ * shared expert; ids of others belong to other ranks, and so may some of the inner channels. 0, or
+ * -1 out of memory. */
+PUBLIC int ps_experts_up(const float *x, int64_t rows, int64_t d, const int64_t *ids,
+                         const float *weights, int64_t k, const Expert *experts, int64_t first,
+                         int64_t n, int64_t width, int64_t shared_width, float limit, float *inner,
+                         float *shared) {
+    Plan slots;
+    if (plan(ids, rows * k, first, n, &slots)) return -1;
+    for (int64_t e = 0, at = 0; e < n; at = slots.end[e++])
+        if (slots.end[e] > at && up_routed(experts + e, x, weights, k, slots.list + at,
+                                           slots.end[e] - at, d, width, limit, inner + at * width))
+            return -1;
+    return up(experts + n, x, NULL, rows, d, shared_width, limit, shared);
+}
+
+/* Down from whole inner channels, as `ps_experts_up` orders them, to some outputs: routed[rows][d]
+ * and shared[rows][shared_d]. */
+PUBLIC int ps_experts_down(const float *inner, const float *shared_inner, int64_t rows,
+                           const int64_t *ids, int64_t k, const Expert *experts, int64_t first,
+                           int64_t n, int64_t unit, int64_t width, int64_t shared_width, int64_t d,
+                           int64_t shared_d, float *routed, float *shared) {
+    Plan slots;
+    if (plan(ids, rows * k, first, n, &slots)) return -1;
+    int64_t mine = n ? slots.end[n - 1] : 0;
+    float *y = ps_scratch(4, mine * d + 1);
+    if (!y) return -1;
+    for (int64_t e = 0, at = 0; e < n; at = slots.end[e++])
+        ps_tile_product(inner + at * width, width, slots.end[e] - at, experts[e].w2,
+                        (int)experts[e].bf16, width, d, y + at * d, d);
+    ps_tile_product(shared_inner, shared_width, rows, experts[n].w2, (int)experts[n].bf16,
+                    shared_width, shared_d, shared, shared_d);
+    return add_up(y, rows, k, d, ids, &slots, mine, unit, NULL, routed);
+}
+
+/* out[rows][d]: up and down of all experts and the shared one, added. */
+PUBLIC int ps_experts(const float *x, int64_t rows, int64_t d, const int64_t *ids,
+                      const float *weights, int64_t k, const Expert *experts, int64_t n,
+                      int64_t unit, int64_t width, int64_t shared_width, float limit, float *out) {
+    Plan slots;
+    if (plan(ids, rows * k, 0, n, &slots)) return -1;
+    int64_t most = slots.most * width;
+    if (rows * shared_width > most) most = rows * shared_width;
+    float *y = ps_scratch(4, rows * (k + 1) * d), *inner = ps_scratch(0, most);
+    if (!y || !inner) return -1;
+    for (int64_t e = 0, at = 0; e < n; at = slots.end[e++]) {
+        int64_t count = slots.end[e] - at;
+        if (!count) continue;
+        if (up_routed(experts + e, x, weights, k, slots.list + at, count, d, width, limit, inner))
+            return -1;
+        ps_tile_product(inner, width, count, experts[e].w2, (int)experts[e].bf16, width, d,
+                        y + at * d, d);
+    }
+    float *shared = y + rows * k * d;
+    if (up(experts + n, x, NULL, rows, d, shared_width, limit, inner)) return -1;
+    ps_tile_product(inner, shared_width, rows, experts[n].w2, (int)experts[n].bf16, shared_width, d,
+                    shared, d);
+    return add_up(y, rows, k, d, ids, &slots, rows * k, unit, shared, out);
 }

@@ -16,6 +16,7 @@ from kernels.native.ops import NativeOps
 from kernels.ops import ReferenceOps
 from kernels.reference.attend import AttendSpan
 from kernels.reference.mhc import HyperWeights
+from kernels.reference.moe import add_branches, part_size
 
 torch.set_num_threads(1)
 NATIVE, REFERENCE = NativeOps(), ReferenceOps()
@@ -259,8 +260,9 @@ def test_t9_experts_and_routing(
     w13 = [normal(seed + 10 + e, 2 * width, d) for e in range(experts + 1)]
     w2 = [normal(seed + 90 + e, d, width) for e in range(experts + 1)]
     pairs = [(NATIVE.pack(a), NATIVE.pack(b)) for a, b in zip(w13, w2, strict=True)]
-    stack = NATIVE.stack_experts(pairs[:-1], pairs[-1])
-    out = NATIVE.experts(x, ids, weights, stack, first=0, limit=limit)
+    unit = part_size(experts)
+    stack = NATIVE.stack_experts(pairs[:-1], pairs[-1], first=0, unit=unit)
+    out = NATIVE.experts(x, ids, weights, stack, limit=limit)
     wanted = torch.zeros_like(x)
     for row in range(rows):
         for expert, weight in [*zip(ids[row].tolist(), weights[row], strict=True), (experts, 1.0)]:
@@ -268,15 +270,90 @@ def test_t9_experts_and_routing(
             wanted[row] += w2[expert] @ inner
     assert torch.allclose(out, wanted, atol=2e-3, rtol=1e-4)
     last = slice(rows - 1, rows)
-    alone = NATIVE.experts(x[last], ids[last], weights[last], stack, first=0, limit=limit)
+    alone = NATIVE.experts(x[last], ids[last], weights[last], stack, limit=limit)
     assert torch.equal(alone[0], out[-1])
-    half = experts // 2
-    parts = [
-        NATIVE.experts(x, ids, weights, NATIVE.stack_experts(p, s), first=f, limit=limit)
-        for p, s, f in ((pairs[:half], None, 0), (pairs[half:-1], pairs[-1], half))
-        if p
+    # Expert ranks, and every rank's part of the inner channels and of the outputs: the same bits.
+    for tp, ep in ((1, 1), (2, 1), (4, 2), (1, 4)):
+        if experts % ep == 0:
+            cut = cut_experts(w13, w2, tp, ep)
+            assert torch.equal(on_ranks(cut, x, ids, weights, experts, limit=limit), out), (tp, ep)
+
+
+Cut = list[list[list[tuple[torch.Tensor, torch.Tensor]]]]
+
+
+def cut_experts(w13: list[torch.Tensor], w2: list[torch.Tensor], tp: int, ep: int) -> Cut:
+    """[ep rank][tp rank]: that rank's experts, and the shared one (cut over all of them)."""
+
+    def part(
+        a: torch.Tensor, b: torch.Tensor, ways: int, rank: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = (half.chunk(ways)[rank] for half in a.chunk(2))
+        return torch.cat((gate, up)), b.chunk(ways)[rank]
+
+    each = (len(w13) - 1) // ep
+    return [
+        [
+            [part(w13[e], w2[e], tp, rank) for e in range(branch * each, branch * each + each)]
+            + [part(w13[-1], w2[-1], tp * ep, branch * tp + rank)]
+            for rank in range(tp)
+        ]
+        for branch in range(ep)
     ]
-    assert torch.allclose(sum(parts[1:], parts[0]), out, atol=2e-3, rtol=1e-4)
+
+
+def on_ranks(
+    cut: Cut,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    experts: int,
+    *,
+    limit: float,
+) -> torch.Tensor:
+    """What the ranks exchange, done by hand (model.layers.moe)."""
+    each = experts // len(cut)
+    stacks = []
+    for branch, plane in enumerate(cut):
+        packed = [[(NATIVE.pack(a), NATIVE.pack(b)) for a, b in rank] for rank in plane]
+        first, unit = branch * each, part_size(experts)
+        stacks.append([NATIVE.stack_experts(p[:-1], p[-1], first=first, unit=unit) for p in packed])
+    made = [[NATIVE.experts_up(x, ids, weights, s, limit=limit) for s in row] for row in stacks]
+    shared = torch.cat([its for row in made for _, its in row], 1)
+    branches, columns = [], []
+    for row, stack in zip(made, stacks, strict=True):
+        inner = torch.cat([routed for routed, _ in row], 1)
+        done = [NATIVE.experts_down(inner, shared, ids, s) for s in stack]
+        branches.append(torch.cat([routed for routed, _ in done], 1))
+        columns += [its for _, its in done]
+    return add_branches(branches) + torch.cat(columns, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    experts=st.integers(1, 40),
+    ep=st.sampled_from([1, 2, 4, 8]),
+    rows=st.integers(1, 9),
+    k=st.integers(1, 7),
+    seed=SEEDS,
+)
+def test_a_rank_s_experts_are_a_branch_of_the_sum(
+    experts: int, ep: int, rows: int, k: int, seed: int
+) -> None:
+    """The reference's definition: 2, 4 or 8 ranks add what one rank adds, to the bit."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, experts, (rows, k), generator=generator).sort(1).values
+    y = normal(seed, rows, k, 16) * torch.exp2(normal(seed + 1, rows, k, 16, scale=9.0))
+    whole = REFERENCE.add_experts(y, ids, experts=experts)
+    assert torch.allclose(whole, y.sum(1), rtol=1e-3, atol=1e-3)
+    if experts % ep:
+        return
+    rank = ids * ep // experts
+    branches = [
+        REFERENCE.add_experts(torch.where((rank == r)[:, :, None], y, 0.0), ids, experts=experts)
+        for r in range(ep)
+    ]
+    assert torch.equal(add_branches(branches), whole)
 
 
 @pytest.mark.parametrize("windows", [1, 3, 40])
