@@ -366,7 +366,7 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
         if required:
             raise ModelLoadError(f"{path} does not exist; a model folder needs it") from None
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelLoadError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(data, dict):
         raise ModelLoadError(f"{path} must hold a JSON object")

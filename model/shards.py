@@ -115,7 +115,7 @@ def _indexed(root: Path, index: Path) -> dict[str, Entry]:
     try:
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         wanted = {str(name): str(file) for name, file in listed.items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelLoadError(f"{index} cannot be read as a tensor index: {error!r}") from None
     if outside := sorted({file for file in wanted.values() if Path(file).name != file}):
         raise ModelLoadError(f"{index} names {outside[0]!r}, which is not a file of this folder")
@@ -160,7 +160,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     """Every tensor of one file, checked against the file's length."""
     try:
         return _parse_header(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelLoadError(f"{path} is not a whole safetensors file: {error}") from None
 
 

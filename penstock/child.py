@@ -29,7 +29,8 @@ class ChildProcess:
     def __init__(self, name: str, module: str, args: Sequence[str] = (), *, first_line: str = ""):
         self.name = name
         self.address = ""
-        self._command = [sys.executable, "-m", module, *args]
+        # -P: who starts a server inside a downloaded folder must not import what lies there.
+        self._command = [sys.executable, "-P", "-m", module, *args]
         self._first_line = first_line
         self._process: subprocess.Popen[str] | None = None
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)

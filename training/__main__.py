@@ -78,7 +78,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     network = Network(cfg.network, compiled=not args.eager)
     if args.resume is not None:
-        network.load_state_dict(torch.load(args.resume))
+        network.load_state_dict(torch.load(args.resume, weights_only=True))
     began = time.time()
     curve = loop.train(
         cfg, network, vocabulary.tokenizer(), args.out,

@@ -56,4 +56,4 @@ def become(first_line: str) -> int:
     os.close(writing)
     os.dup2(reading, 0)
     os.close(reading)
-    os.execv(sys.executable, [sys.executable, "-m", "kvstore", "--config-stdin"])
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "kvstore", "--config-stdin"])

@@ -87,6 +87,7 @@ class RayLauncher:
             self._janitor = subprocess.Popen(
                 [
                     sys.executable,
+                    "-P",
                     "-m",
                     "cluster.launchers.janitor",
                     str(os.getpid()),

@@ -59,7 +59,7 @@ class Door:
             channel.set_timeout(_PROOF_TIMEOUT_S)
             try:
                 rank = self._prove(channel)
-            except (OSError, EOFError, ValueError, KeyError, TypeError):
+            except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError):
                 rank = -1
             if rank in ranks and rank not in found:
                 found[rank] = channel

@@ -187,6 +187,9 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         left, right = _value(node.left, names), _value(node.right, names)
         if isinstance(left, str) and isinstance(right, str):
+            # Each line may double the one before: a short file must not become a long text.
+            if len(left) + len(right) > LARGEST_BYTES:
+                raise ValueError("longer than any text of its kind")
             return left + right
     if isinstance(node, ast.Dict) and None not in node.keys:
         keys = [_value(key, names) for key in node.keys if key is not None]

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -250,6 +251,9 @@ def test_only_who_knows_the_token_is_let_in() -> None:
     intruder = threading.Thread(target=guests)
     garbage = socket.create_connection(("127.0.0.1", door.port))
     garbage.sendall(b"GET / HTTP/1.1\r\n\r\n" + b"\0" * 64)
+    deep = socket.create_connection(("127.0.0.1", door.port))
+    nested = b"[" * 2000 + b"]" * 2000
+    deep.sendall(struct.pack(">II", len(nested), 0) + nested)
     intruder.start()
     found: list[Channel] = []
     friend = threading.Thread(
