@@ -220,6 +220,7 @@ class Result:
     def facts(self) -> dict[str, object]:
         """As one line of JSONL: keys in a fixed order, only what there is."""
         found: dict[str, object] = {
+            "cursor": self.cursor,
             "number": self.number,
             "document": self.document_id,
             "question": self.question_id,

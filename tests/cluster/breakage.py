@@ -329,16 +329,16 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    *flags: str, ready: bool = True, port: int | None = None, **env: str
+    *flags: str, ready: bool = True, port: int | None = None, model: str = "fake", **env: str
 ) -> Iterator[Served]:
-    """`penstock serve fake FLAGS` in a subprocess; killed with all of its at the end."""
+    """`penstock serve MODEL FLAGS` in a subprocess; killed with all of its at the end."""
     port = free_port() if port is None else port
     mark = f"BREAKAGE_MARK={uuid.uuid4().hex}"
     # Short, for Ray's unix sockets lie below it.
     temporary = Path(tempfile.mkdtemp(prefix="pt", dir="/tmp"))
     name, _, value = mark.partition("=")
     process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.cli", "serve", "fake", "--port", str(port), *flags],
+        [sys.executable, "-m", "cluster.cli", "serve", model, "--port", str(port), *flags],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
