@@ -20,6 +20,7 @@ from penstock import transport
 from penstock.errors import PenstockError
 from penstock.rpc import channel_options
 from penstock.telemetry.exporter import HttpExporter
+from penstock.telemetry.logs import configure_logging
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -99,6 +100,7 @@ class FrontReplica:
         from cluster.pools import ServeHold
 
         self._spec = FrontSpec.model_validate_json(spec_json)
+        configure_logging(level=self._spec.config.telemetry.log_level, process="front")
         self._service = open_service(self._spec, hold=ServeHold())
         self._app = build_app(self._spec, self._service)
         self._exporter = open_exporter(self._spec, self._app)
@@ -128,7 +130,7 @@ async def _serve(spec: FrontSpec) -> None:
             app,
             host=front.host,
             port=front.port,
-            log_level="warning",
+            log_config=None,
             access_log=False,
             http=cast(Any, bounded(front)),
             ssl_certfile=front.tls_cert,
@@ -160,9 +162,7 @@ def main() -> int:
     threading.Thread(target=leash, daemon=True).start()
     import uvloop
 
-    from penstock.telemetry import configure_logging
-
-    configure_logging(level="warning")
+    configure_logging(level=spec.config.telemetry.log_level, process="front")
 
     try:
         uvloop.run(_serve(spec))

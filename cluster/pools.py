@@ -21,6 +21,7 @@ from ray.serve.request_router import (
 )
 
 from cluster.policy import DECODE, PREFILL, Route
+from penstock.telemetry.logs import configure_logging
 from penstock.worker import WorkerSpec
 
 # Streams that one replica may hold; far above what its own admission lets in, so that Serve never
@@ -65,7 +66,9 @@ class PrefillReplica(_Replica):
         from cluster.launchers.ray_ranks import ActorRank
         from prefill.worker import open_worker
 
-        self._worker = await open_worker(_named(spec_json), ActorRank)
+        spec = _named(spec_json)
+        configure_logging(level=spec.telemetry.log_level, process=spec.worker_id)
+        self._worker = await open_worker(spec, ActorRank)
         await self._worker.start()
 
     async def check_health(self) -> None:
@@ -83,7 +86,9 @@ class DecodeReplica(_Replica):
         from cluster.launchers.ray_ranks import ActorRank
         from decode.worker import open_worker
 
-        self._worker = await open_worker(_named(spec_json), ActorRank)
+        spec = _named(spec_json)
+        configure_logging(level=spec.telemetry.log_level, process=spec.worker_id)
+        self._worker = await open_worker(spec, ActorRank)
         await self._worker.start()
 
     async def check_health(self) -> None:

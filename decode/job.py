@@ -109,6 +109,8 @@ class AnswerRunner:
                 trace.note(tokens=index, reason=stream.reason or "")
             with trace.span("flush"):
                 await held.flush()
+            facts = {"answer_id": order.request_id, "tokens": index, "reason": stream.reason}
+            _log.info("answer written", extra={"facts": facts})
             await listener.finished(stream.reason or "", index, stream.output.close())
 
     async def settle(self) -> None:

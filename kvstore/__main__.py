@@ -17,6 +17,7 @@ from kvstore.config import StoreConfig, StoreSpec
 from kvstore.server import start_server
 from penstock.errors import PenstockError, UsageError
 from penstock.peers import Peers
+from penstock.telemetry.logs import configure_logging
 from penstock.telemetry_spec import QUIET, TelemetrySpec
 
 
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     metrics_host=options.metrics_host,
                     metrics_port=options.metrics_port,
                     otlp_endpoint=options.otlp_endpoint,
+                    log_level=options.log_level,
                 ),
             )
     except ValidationError as error:
@@ -49,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = ".".join(str(part) for part in first["loc"])
         print(f"kvstore: {place}: {first['msg']}", file=sys.stderr)
         return 2
+    configure_logging(level=config.telemetry.log_level, process="store")
     try:
         uvloop.run(_serve(config, exit_with_parent=options.exit_with_parent))
     except PenstockError as error:
@@ -87,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=_setting("TELEMETRY__METRICS_PORT"),
         help="serve GET /metrics there too; 0: a free port",
+    )
+    parser.add_argument(
+        "--log-level", default=_setting("TELEMETRY__LOG_LEVEL") or QUIET.log_level, help="warning"
     )
     parser.add_argument(
         "--otlp-endpoint",

@@ -19,6 +19,7 @@ from penstock.errors import (
     StoreUnavailableError,
     from_code,
 )
+from penstock.telemetry import logs
 from penstock.telemetry.trace import NO_TRACER, Tracer
 
 CODE_KEY = "penstock-code"
@@ -57,7 +58,8 @@ def unary(
 
     async def handle(raw: bytes, context: Any) -> bytes:
         try:
-            with tracer.entry(name, context.invocation_metadata() or ()):
+            metadata = context.invocation_metadata() or ()
+            with logs.received(metadata), tracer.entry(name, metadata):
                 return (await call(parse(request_type, raw))).SerializeToString()
         except PenstockError as error:
             await abort_with(context, error)

@@ -12,7 +12,7 @@ from kvstore.node import OpenGet, OpenPut, StoreNode, check_ids, check_owner
 from kvstore.rpc import abort_with, parse, unary
 from kvstore.wire import data_of, encode_data
 from penstock.errors import DeadlineError, InvalidRequestError, PenstockError
-from penstock.telemetry import trace
+from penstock.telemetry import logs, trace
 from penstock.telemetry.trace import NO_TRACER, Tracer
 from protos.penstock.kv.v1 import kv_pb2
 
@@ -44,11 +44,13 @@ class KvStoreService:
         return unary(request_type, call, name=f"KvStore/{name}", tracer=self._tracer)
 
     async def _traced_put(self, stream: Any, context: Any) -> None:
-        with self._tracer.entry("KvStore/Put", context.invocation_metadata() or ()):
+        metadata = context.invocation_metadata() or ()
+        with logs.received(metadata), self._tracer.entry("KvStore/Put", metadata):
             await self._put(stream, context)
 
     async def _traced_get(self, raw: bytes, context: Any) -> None:
-        with self._tracer.entry("KvStore/Get", context.invocation_metadata() or ()):
+        metadata = context.invocation_metadata() or ()
+        with logs.received(metadata), self._tracer.entry("KvStore/Get", metadata):
             await self._get(raw, context)
 
     async def _has(self, request: kv_pb2.HasRequest) -> kv_pb2.HasResponse:

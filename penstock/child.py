@@ -144,5 +144,9 @@ class ChildProcess:
     def _read_stderr(self, process: subprocess.Popen[str]) -> None:
         assert process.stderr
         for line in process.stderr:
+            if line.startswith("{"):
+                # A line of the child's own log: it has a level and says whose it is already.
+                sys.stderr.write(line)
+                continue
             self._tail.append(line.rstrip())
             _log.info("%s: %s", self.name, line.rstrip())

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from penstock.errors import PenstockError
+from penstock.telemetry.logs import configure_logging
 from penstock.worker import WorkerSpec
 
 _DRAIN_TIMEOUT_S = 60.0
@@ -61,6 +62,7 @@ def main(program: str, load: Callable[[], Open], arguments: Sequence[str] | None
         place = ".".join(str(part) for part in first["loc"]) or "spec"
         print(f"error: {place}: {first['msg']}", file=sys.stderr)
         return 2
+    configure_logging(level=spec.telemetry.log_level, process=spec.worker_id)
     try:
         return _run(spec, load())
     except PenstockError as error:

@@ -31,6 +31,7 @@ from penstock.errors import (
     from_code,
 )
 from penstock.peers import ALONE, Peers
+from penstock.telemetry import logs
 from penstock.telemetry.exporter import HttpExporter, metrics_handler
 from penstock.telemetry.meters import Meters
 from penstock.telemetry.trace import NO_TRACER, Tracer
@@ -143,7 +144,8 @@ def unary_stream(
                 request = request_type.FromString(raw)
             except DecodeError as error:
                 raise InvalidRequestError(f"the bytes are no {request_type.__name__}") from error
-            with tracer.entry(name, context.invocation_metadata() or ()):
+            metadata = context.invocation_metadata() or ()
+            with logs.received(metadata), tracer.entry(name, metadata):
                 await handler(request, context.write)
         except PenstockError as error:
             await abort_with(context, error)

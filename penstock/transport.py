@@ -10,7 +10,7 @@ import grpc
 
 from penstock.errors import ClusterAuthError
 from penstock.peers import PEER_NAME, TOKEN_KEY, Peers
-from penstock.telemetry.trace import outgoing
+from penstock.telemetry import logs, trace
 
 # What a probe may ask without the token: it tells whether a part serves, nothing of its contents.
 _OPEN = "/grpc.health.v1.Health/"
@@ -84,7 +84,7 @@ async def _refuse(_: Any, context: Any) -> None:
 
 
 class _SignedChannel(grpc.aio.Channel):  # type: ignore[misc]
-    """A channel whose every call carries the token, and the trace of what makes the call.
+    """A channel whose every call carries the token, and the request and trace it is made for.
 
     Not a client interceptor: those put a queue between a stream's writer and the wire.
     """
@@ -107,7 +107,7 @@ class _SignedChannel(grpc.aio.Channel):  # type: ignore[misc]
 
     def _signed(self, method: Any) -> Any:
         def call(*args: Any, metadata: Any = None, **kwargs: Any) -> Any:
-            metadata = (*(metadata or ()), *self._extra, *outgoing())
+            metadata = (*(metadata or ()), *self._extra, *logs.outgoing(), *trace.outgoing())
             return method(*args, metadata=metadata, **kwargs)
 
         return call

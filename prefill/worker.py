@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -42,6 +43,7 @@ from protos.penstock.kv.v1 import kv_pb2
 from protos.penstock.worker.v1 import worker_pb2
 
 SERVICE = "penstock.worker.v1.Prefill"
+_log = logging.getLogger(__name__)
 
 
 async def open_worker(spec: WorkerSpec, start: RankStarter = ChildRank) -> PrefillWorker:
@@ -205,6 +207,9 @@ class PrefillWorker:
             prompt = await asyncio.to_thread(self._read, request)
             outcome = await self.runner.run(prompt, _listener(write))
             self._count(outcome)
+            _log.info(
+                "prompt read", extra={"facts": {"answer_id": prompt.request_id, **vars(outcome)}}
+            )
             trace.note(cached_tokens=outcome.cached_tokens, computed_tokens=outcome.computed_tokens)
             has_told()
             await write(_done(outcome))

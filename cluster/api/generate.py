@@ -26,7 +26,7 @@ from penstock import request as nouns
 from penstock.chat import Encoded
 from penstock.errors import ContextLengthError, InvalidRequestError
 from penstock.identity import namespace
-from penstock.telemetry import trace
+from penstock.telemetry import logs, trace
 
 router = APIRouter()
 
@@ -161,6 +161,7 @@ def _plan(
     for prompt in prompts:
         choices += _choices(body, prompt, scope, model, kind, state, answer_id, len(choices))
     trace.note(gen_ai__request__model=model.name, gen_ai__response__id=answer_id)
+    logs.remember(answer_id=answer_id)
     return Answer(
         answer_id=answer_id,
         choices=choices,

@@ -43,7 +43,8 @@ def kvstore(
     cluster.tls.check()
     from kvstore.config import StoreSpec
 
-    return become(StoreSpec(**cluster.kvstore.model_dump(), peers=cluster.tls).model_dump_json())
+    spec = StoreSpec(**cluster.kvstore.model_dump(), peers=cluster.tls, telemetry=cluster.telemetry)
+    return become(spec.model_dump_json())
 
 
 def become(first_line: str) -> int:

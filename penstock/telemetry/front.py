@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from penstock.telemetry import catalog as M
-from penstock.telemetry import trace
+from penstock.telemetry import logs, trace
 from penstock.telemetry.merge import merge
 from penstock.telemetry.meters import Meters
 from penstock.telemetry.trace import NO_TRACER, Tracer
@@ -45,6 +45,7 @@ class Telemetry:
 
     def failed(self, error: PenstockError) -> None:
         """A request ends in `error`; one that has a meter says it there."""
+        logs.remember(error=error.code or "")
         self.meters.add(M.FAILURES, code=error.code or "")
 
     def exposition(self, others: Iterable[bytes] = ()) -> bytes:
@@ -94,6 +95,12 @@ class RequestMeter:
         if usage is None:
             return
         meters.add(M.SUCCESS, finished_reason=outcome)
+        logs.remember(
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+            finish_reason=outcome,
+        )
         trace.note(
             gen_ai__usage__input_tokens=usage.prompt_tokens,
             gen_ai__usage__output_tokens=usage.completion_tokens,
