@@ -134,7 +134,9 @@ def test_doctor_finds_a_bad_model(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_and_serve_replay_the_examples_of_a_model_s_encoding(tmp_path: Path) -> None:
     folder = v4.write_folder(tmp_path, goldens=v4.GOLDENS)
     done = penstock("doctor", PENSTOCK_MODEL__MODEL=folder, PENSTOCK_FRONT__PORT="0")
-    assert done.returncode == 0
+    # The folder has no model in it, and that alone is wrong.
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert done.returncode == 1 and len(failed) == 1 and "config.json lacks" in failed[0]
     assert "ok   chat encoding of DeepSeek-V4, preview generation" in done.stdout
     assert "ok   test_input_4.json encodes as the release does (chat)" in done.stdout
     output = tmp_path / "encoding" / "tests" / "test_output_2.txt"
