@@ -132,9 +132,9 @@ def redis(check: str, url: str, flag: str, *, durable: bool = False) -> Finding:
         ) as connection:
             info: Any = connection.info()
     except (client.RedisError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200].rstrip(".")
         start = "start it (`redis-server --appendonly yes`)" if durable else "start it"
-        return Finding(check, f"Redis does not answer: {reason.rstrip('.')}", f"{start} or leave out {flag}")
+        return Finding(check, f"Redis does not answer: {reason}", f"{start} or leave out {flag}")
     what = f"Redis {info.get('redis_version', '')} answers"
     if durable and not info.get("aof_enabled"):
         return Finding(
