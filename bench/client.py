@@ -23,6 +23,8 @@ class Answer:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    evidence_spans: int = 0
+    """Named with the tokens of the answer."""
 
     @property
     def ttft_s(self) -> float:
@@ -111,6 +113,7 @@ def _read(line: bytes, answer: Answer, now_s: float) -> None:
         delta = choice.get("delta", {})
         if delta.get("content") or delta.get("reasoning_content"):
             answer.event_times_s.append(now_s)
+        answer.evidence_spans += len(delta.get("evidence") or ())
     usage = event.get("usage")
     if usage:
         answer.prompt_tokens = usage.get("prompt_tokens", 0)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from bench import evidence
 from bench.client import Answer
 from bench.drafts import acceptance, draft_counts
 from bench.engine import speed_row
@@ -148,3 +149,17 @@ def test_acceptance_is_read_from_our_metrics_and_from_vllms() -> None:
     theirs = 'vllm:spec_decode_num_drafts_total{engine="0"} 3.0\n'
     assert draft_counts(theirs) == {"drafts": 3}
     assert acceptance({}, draft_counts("penstock_requests_total 5.0\n")) == []
+
+
+def test_the_cost_of_evidence_is_the_median_of_the_pairs_ratios() -> None:
+    answer = Answer(0.0, prompt_tokens=100, completion_tokens=50, evidence_spans=25)
+    off = [evidence.Turn(0.002, 0.003), evidence.Turn(0.004, 0.003), evidence.Turn(0.002, 0.003)]
+    on = [evidence.Turn(0.0022, 0.0033), evidence.Turn(0.004, 0.003), evidence.Turn(0.0021, 0.003)]
+    row = evidence.row(answer, off, on)
+    assert row["n_pairs"] == 3 and row["spans_per_token"] == 0.5
+    assert row["ratio"] == pytest.approx(1.05)
+    assert row["decode_ms_per_token"] == pytest.approx(2.0)
+    assert row["cpu_ms_per_1000_tokens"] == pytest.approx(3000)
+    assert row["cpu_ratio"] == pytest.approx(9.3 / 9)
+    # A clock too coarse for so little gives no figure, and no division by zero.
+    assert evidence.row(answer, [evidence.Turn(0.002, 0.0)], [off[0]])["cpu_ratio"] is None
