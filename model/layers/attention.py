@@ -173,10 +173,10 @@ class Attention:
         y = self._project_out(ops.rotate(out, *cos_sin, inverse=True))
         if picked is None or evidence_rows is None:
             return Attended(y)
-        asked = list(evidence_rows)
-        entries = [caches[_owner(rows.spans, row)].entries_EC for row in asked]
-        evidence = self._evidence(q[asked], entries, picked[asked], top[asked], norm[asked])
-        return Attended(y, evidence)
+        entries = [caches[_owner(rows.spans, row)].entries_EC for row in evidence_rows]
+        wanted = (_rows(x, evidence_rows) for x in (q, picked, top, norm))
+        q_RHC, picked_RK, top_RH, norm_RH = wanted
+        return Attended(y, self._evidence(q_RHC, entries, picked_RK, top_RH, norm_RH))
 
     def _evidence(
         self,
@@ -191,12 +191,13 @@ class Attention:
         """
         q, top, norm = self._comm.join_plane(q_RHC.flatten(1), top_RH, norm_RH)
         q = q.view(q.shape[0], -1, self._dim)
+        chosen = picked_RK.tolist()
         found = []
         for row, known in enumerate(entries):
             mass = self._ops.entry_masses(
                 q[row], known, picked_RK[row], top[row], norm[row], scale=self._scale
             )
-            listed = zip(picked_RK[row].tolist(), mass.tolist(), strict=True)
+            listed = zip(chosen[row], mass.tolist(), strict=True)
             pairs = [(e, m) for e, m in listed if e >= 0 and m > 0.0]
             found.append(sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:EVIDENCE_PAIRS])
         return found
@@ -217,6 +218,14 @@ class Attention:
         (low,) = comm.join_plane(low)
         (y,) = comm.join_plane(w.wo_b(low))
         return y
+
+
+def _rows(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """A view where that will do: a decode step has one row, and the others come in runs."""
+    first, count = rows[0], len(rows)
+    if rows[-1] - first + 1 == count:
+        return x.narrow(0, first, count)
+    return x[list(rows)]
 
 
 def _owner(spans: Sequence[Span], row: int) -> int:
