@@ -63,6 +63,7 @@ def open_exporter(spec: FrontSpec, app: FastAPI) -> HttpExporter:
 
 def build_app(spec: FrontSpec, service: Flow) -> FastAPI:
     from cluster.api import create_app
+    from cluster.batch.lines import Inside
     from cluster.batch.room import BatchRoom
     from cluster.batch.surroundings import Surroundings
     from penstock.chat import open_chat
@@ -75,11 +76,12 @@ def build_app(spec: FrontSpec, service: Flow) -> FastAPI:
     tokenizer = open_tokenizer(model)
     chat = open_chat(model, tokenizer) if tokenizer is not None else None
 
-    def open_batch(around: Surroundings) -> BatchRoom:
+    def open_batch(around: Surroundings, inside: Inside) -> BatchRoom:
         return BatchRoom(
             spec.config.batch,
             around,
             lambda: transport.open_channel(spec.config.tls, spec.store_address, channel_options()),
+            inside,
         )
 
     return create_app(

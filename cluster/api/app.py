@@ -9,9 +9,11 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from cluster.api import errors, generate, meta, overview, page
+from cluster.api import batches, errors, files, generate, meta, overview, page
+from cluster.api.inside import InsideCalls
 from cluster.api.scope import RequestScope
 from cluster.api.state import ApiState
+from cluster.batch.lines import Inside
 from cluster.batch.room import BatchRoom
 from cluster.batch.surroundings import Surroundings
 from cluster.config import FrontSection
@@ -21,7 +23,7 @@ from penstock.errors import PenstockError
 from penstock.telemetry import Telemetry
 from penstock.tokenizer import Tokenizer
 
-OpenBatch = Callable[[Surroundings], BatchRoom]
+OpenBatch = Callable[[Surroundings, Inside], BatchRoom]
 
 
 def create_app(
@@ -49,10 +51,9 @@ def create_app(
         sampling_defaults=sampling_defaults or {},
     )
 
-    room = batch(_surroundings(state)) if batch is not None else None
-
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        room = app.state.batch
         try:
             if room is not None:
                 await room.start()
@@ -66,8 +67,10 @@ def create_app(
     app.state.penstock = state
     app.state.overview = overview.Overview()
     app.state.page = page.Page()
-    app.state.batch = room
+    app.state.batch = None if batch is None else batch(_surroundings(state), InsideCalls(app))
     app.include_router(generate.router)
+    app.include_router(files.router)
+    app.include_router(batches.router)
     app.include_router(meta.router)
     app.include_router(overview.router)
     app.include_router(page.router)

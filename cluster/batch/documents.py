@@ -19,7 +19,6 @@ from penstock.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     NotFoundError,
-    PenstockError,
     PermissionDeniedError,
 )
 from penstock.identity import Chain
@@ -162,7 +161,3 @@ async def side_by_side(work: list[Any]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def is_permanent(error: PenstockError) -> bool:
-    return isinstance(error, PERMANENT)

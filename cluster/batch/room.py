@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -15,8 +15,9 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.batch.config import BatchSection
 from cluster.batch.documents import DocumentWork
+from cluster.batch.lines import LINES, Inside, LineWork
 from cluster.batch.pins import Pins
-from cluster.batch.runner import Runner, Work
+from cluster.batch.runner import Runner
 from cluster.batch.service import BatchService
 from cluster.batch.sources import Sources
 from cluster.batch.spec import DOCUMENTS
@@ -41,12 +42,12 @@ class BatchRoom:
         config: BatchSection,
         around: Surroundings,
         open_channel: Callable[[], grpc.aio.Channel],
+        inside: Inside,
         *,
-        more_work: Mapping[str, Work] | None = None,
         journal: Journal | None = None,
     ) -> None:
-        """`open_channel`: to the store node. `more_work`: jobs of other kinds. Raises UsageError
-        for a journal URL that cannot be one.
+        """`open_channel`: to the store node. `inside` answers lines of `/v1/batches`. Raises
+        UsageError for a journal URL that cannot be one.
         """
         self.config = config
         self.around = around
@@ -56,7 +57,7 @@ class BatchRoom:
         file = Path(url.removeprefix(_SQLITE)).expanduser()
         self._lazy = config.journal_url is None and journal is None and not file.exists()
         self._open_channel = open_channel
-        self._more_work = dict(more_work or {})
+        self._inside = inside
         self._channel: grpc.aio.Channel | None = None
         self._runner: Runner | None = None
         self._server: grpc.aio.Server | None = None
@@ -74,14 +75,16 @@ class BatchRoom:
             max_bytes=config.max_document_bytes,
             timeout_s=config.fetch_timeout_s,
         )
+        places = asyncio.Semaphore(config.max_requests)
         documents = DocumentWork(
             around=self.around,
             journal=self.journal,
             sources=sources,
             pins=Pins(self._channel, ttl_s=config.pin_s),
-            places=asyncio.Semaphore(config.max_requests),
+            places=places,
         )
-        work = {DOCUMENTS: documents.run, **self._more_work}
+        lines = LineWork(self.journal, self._inside, places)
+        work = {DOCUMENTS: documents.run, LINES: lines.run}
         self._runner = Runner(self.journal, self.around.service, work, config)
         if config.grpc_port is not None:
             service = BatchService(

@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.batch.ask import failure
 from cluster.batch.config import BatchSection
-from cluster.batch.documents import Held, is_permanent
+from cluster.batch.documents import PERMANENT, Held
 from cluster.contracts import Service
 from kvstore.journal.contracts import Claim, Item, ItemStatus, Journal, Tokens
 from penstock.errors import LeaseLostError, OverloadedError, PenstockError, UnavailableError
@@ -191,7 +191,7 @@ class Runner:
 
     async def _failed(self, held: Held, error: PenstockError) -> None:
         claim = held.claim
-        if claim.claims >= self._config.max_claims or is_permanent(error):
+        if claim.claims >= self._config.max_claims or isinstance(error, PERMANENT):
             told = PenstockError(
                 f"given up after {claim.claims} tries; the last one: {error.message}",
                 code=error.code,

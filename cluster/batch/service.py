@@ -15,10 +15,11 @@ from cluster.auth.contracts import Caller
 from cluster.batch.config import BatchSection
 from cluster.batch.intake import Intake
 from cluster.batch.sources import Sources
+from cluster.batch.spec import DOCUMENTS
 from cluster.batch.surroundings import Surroundings
 from cluster.batch.view import job_message, result_message
 from kvstore.journal.contracts import Job, Journal
-from penstock.errors import OverloadedError, PenstockError
+from penstock.errors import InvalidRequestError, OverloadedError, PenstockError
 from penstock.rpc import abort_with
 from protos.penstock.batch.v1 import batch_pb2, batch_pb2_grpc
 
@@ -63,6 +64,14 @@ def _mapped_stream(method: Callable[..., Any]) -> Callable[..., Any]:
             await abort_with(context, _bug())
 
     return call
+
+
+def _readable(job: Job) -> None:
+    """Raises InvalidRequestError for a job whose results have another form."""
+    if job.kind != DOCUMENTS:
+        raise InvalidRequestError(
+            f"{job.id} came through /v1/batches; read its output file from /v1/files"
+        )
 
 
 def _bug() -> PenstockError:
@@ -140,6 +149,7 @@ class BatchService(batch_pb2_grpc.BatchServicer):
     @_mapped_stream
     async def Results(self, request: Any, context: Any) -> AsyncIterator[batch_pb2.Result]:
         caller = self._caller(context)
+        _readable(await self._journal.get(request.job_id, caller.tenant))
         cursor = request.cursor
         while page := await self._journal.results(
             request.job_id, caller.tenant, after=cursor, limit=_PAGE
@@ -169,6 +179,8 @@ class BatchService(batch_pb2_grpc.BatchServicer):
         while True:
             # The job before its results: when it says that it has ended, all of them are there.
             job = await self._journal.get(request.job_id, tenant)
+            if not request.without_results:
+                _readable(job)
             if not request.without_results and job.seq > cursor:
                 while page := await self._journal.results(
                     job.id, tenant, after=cursor, limit=_PAGE

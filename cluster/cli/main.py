@@ -26,6 +26,7 @@ from cluster.cli import (
     kv,
     kvstore,
     logits,
+    run_batch,
     serve,
 )
 from penstock.errors import PenstockError, UsageError
@@ -44,7 +45,7 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     app.callback(help="Serves DeepSeek-V4-class models with million-token context.")(_root)
-    for group in (serve, kvstore, fetch, demo, ask, logits, doctor):
+    for group in (serve, kvstore, fetch, demo, ask, run_batch, logits, doctor):
         group.register(app)
     batch.register(app)
     bench.register(app)

@@ -212,6 +212,9 @@ class Journal(Protocol):
     async def read_blob(self, blob: str, chunks: int) -> bytes:
         """Raises NotFoundError if a chunk is gone."""
 
+    async def read_chunk(self, blob: str, number: int) -> bytes:
+        """One chunk. Raises NotFoundError."""
+
     async def add_file(self, file: File) -> None:
         """First with size_bytes -1 (it is not to be seen yet, and goes at `expires_s`), then whole,
         once its blob is there.

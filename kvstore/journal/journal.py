@@ -138,10 +138,10 @@ class RowJournal:
         return await self._read(lambda tx: jobs.results(tx, job_id, tenant, after, limit))
 
     async def read_blob(self, blob: str, chunks: int) -> bytes:
-        pieces = [await self._chunk(blob, number) for number in range(chunks)]
+        pieces = [await self.read_chunk(blob, number) for number in range(chunks)]
         return b"".join(pieces)
 
-    async def _chunk(self, blob: str, number: int) -> bytes:
+    async def read_chunk(self, blob: str, number: int) -> bytes:
         data = await self._read(lambda tx: tx.get(blob_key(blob, number)))
         if data is None:
             raise NotFoundError("a document or file of the journal has expired")

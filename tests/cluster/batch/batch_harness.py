@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from cluster.api import create_app
 from cluster.api.fake_service import FakeService
 from cluster.batch.config import BatchSection
+from cluster.batch.lines import Inside
 from cluster.batch.room import BatchRoom
 from cluster.batch.surroundings import Surroundings
 from cluster.config import FrontSection
@@ -53,8 +54,8 @@ async def batch_front(
     )
     store = await start_server(StoreConfig())
 
-    def open_batch(around: Surroundings) -> BatchRoom:
-        return BatchRoom(config, around, lambda: grpc.aio.insecure_channel(store.address))
+    def open_batch(around: Surroundings, inside: Inside) -> BatchRoom:
+        return BatchRoom(config, around, lambda: grpc.aio.insecure_channel(store.address), inside)
 
     app = create_app(
         service,
