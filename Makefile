@@ -14,7 +14,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,parity,dev,otel]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,parity,dev,otel,docs]"
 	touch $@
 
 demo: setup
@@ -54,8 +54,10 @@ helm: setup
 	$(BIN)/python -m cluster.chart helm/penstock
 	$(BIN)/python -m pytest -q tests/helm
 
-docs:
-	@echo "the documentation is Markdown under docs/; there is nothing to build yet"
+# Into build/site; offline: pages of the reference are made from the code, nothing is loaded from elsewhere.
+docs: setup
+	$(BIN)/python -m mkdocs build --strict
+	@echo "build/site/index.html"
 
 clean:
 	rm -rf $(VENV) results build dist *.egg-info
