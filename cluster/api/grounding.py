@@ -35,7 +35,6 @@ def check_combination(body: Any) -> None:
     format_kind = (getattr(body, "response_format", None) or {}).get("type", "text")
     tools = getattr(body, "tools", None) and getattr(body, "tool_choice", None) != "none"
     wrong = {
-        "n": (body.n or 1) > 1,
         "tools": bool(tools),
         "response_format": format_kind != "text",
         "logprobs": getattr(body, "logprobs", None) not in (None, False),

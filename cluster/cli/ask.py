@@ -158,7 +158,7 @@ def _one(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
                     raise PenstockError(f"the server failed: {event['error']['message']}")
                 usage = event.get("usage") or usage
                 for choice in event.get("choices", ()):
-                    spans += choice["delta"].get("evidence") or []
+                    spans = choice["delta"].get("answer_evidence", spans)
                     if choice["delta"].get("content"):
                         first_s = first_s or time.monotonic() - begun
                         answer += choice["delta"]["content"]
@@ -171,7 +171,7 @@ def _one(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
         "usage": usage,
         "ttft_s": first_s,
         "total_s": time.monotonic() - begun,
-        "evidence": sorted(spans, key=lambda s: -s["mass"]),
+        "evidence": spans,
     }
 
 
@@ -191,4 +191,4 @@ def _print(answer: dict[str, Any], *, evidence: bool) -> None:
     if evidence:
         for span in answer["evidence"][:3]:
             shown = " ".join(str(span.get("text", "")).split())
-            typer.echo(f"  [{span['start']}:{span['end']}] {span['mass']:.2f} {shown}")
+            typer.echo(f"  [{span['start']}:{span['end']}] {span['weight']:.2f} {shown}")

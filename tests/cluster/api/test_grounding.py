@@ -289,3 +289,23 @@ async def test_reasoning_is_withheld_with_its_answer_and_still_counted(
     assert called["message"]["content"] == REFUSAL
     assert "tool_calls" not in called["message"]
     assert called["finish_reason"] == "stop"
+
+
+async def test_several_choices_are_checked_each_by_itself(api: Api) -> None:
+    """The scripted service says the same each time; what it must not do is share the check."""
+    plan(api, "4821", "is 4821.")
+    async with api.client() as client:
+        whole = await ask(client, n=3, evidence=True)
+        body = chat(TEXT, grounding="strict", n=3, stream=True)
+        stream = events((await client.post(URL, json=body)).text)[:-1]
+    assert [c["message"]["content"] for c in whole["choices"]] == ["4821"] * 3
+    for choice in whole["choices"]:
+        assert choice["message"]["grounding"]["verdict"] == "supported"
+        (span,) = choice["message"]["evidence"]
+        assert span["weight"] == pytest.approx(0.9)
+    told = {
+        c["choices"][0]["index"]: c["choices"][0]["delta"]["grounding"]["verdict"]
+        for c in stream
+        if "grounding" in c["choices"][0]["delta"]
+    }
+    assert told == dict.fromkeys(range(3), "supported")
