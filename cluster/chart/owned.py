@@ -43,6 +43,7 @@ OWNED: Mapping[str, Owned] = {
     "tls.key": _by("tls.existingSecret"),
     "tls.cluster_token": Owned("", "from a file"),
     "tls.cluster_token_file": _by("tls.tokenSecret"),
+    "batch.grpc_port": Owned("", "the chart has no Service for it; batches come by /v1/batches"),
     "launcher.kind": Owned("", "KubeRay deploys"),
     "launcher.ray_address": Owned("", "KubeRay deploys"),
     "launcher.object_store_bytes": Owned("", "ray.objectStoreMemory gives it to each Ray node"),

@@ -29,6 +29,8 @@ _SHAPED: Mapping[str, str] = {
     "frontFrom": '[{"podSelector": {"matchLabels": {"a": "X"}}}]',
     "egressTo": '[{"to": [{"podSelector": {"matchLabels": {"a": "X"}}}]}]',
 }
+# Sections that stand in values.yaml as they are, without a `config`.
+_PLAIN = ("parallel", "batch")
 _CONTEXTS: tuple[dict[str, Any], ...] = (
     {
         "model.device": "cuda",
@@ -213,8 +215,9 @@ def reachable() -> set[str]:
     for section, block in blocks.items():
         for name in definitions[block]["properties"]["config"]["properties"]:
             found.add(f"{section}.{name}")
-    for name in values_schema()["properties"]["parallel"]["properties"]:
-        found.add(f"parallel.{name}")
+    for section in _PLAIN:
+        for name in values_schema()["properties"][section]["properties"]:
+            found.add(f"{section}.{name}")
     return found
 
 
@@ -240,6 +243,7 @@ def another(name: str, field: Any) -> Any:
         "model.draft_confidence": 0.5,
         "model.fake_draft_accuracy": 0.5,
         "model.max_model_len": 4096,
+        "batch.sources": ["file:///data/"],
     }
     if name in fixed:
         return fixed[name]
@@ -261,7 +265,7 @@ def test_every_setting_under_a_config_reaches_the_product(tmp_path: Path) -> Non
         section, _, setting = name.partition(".")
         put(
             values,
-            f"{section}.{setting}" if section == "parallel" else f"{section}.config.{setting}",
+            f"{section}.{setting}" if section in _PLAIN else f"{section}.config.{setting}",
             value,
         )
     file = tmp_path / "values.yaml"
