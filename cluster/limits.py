@@ -172,6 +172,34 @@ INSIDE = (
           "tests/kvstore/test_directory.py::"
           "test_entries_that_nobody_could_call_are_refused_in_a_sentence"),
 )  # fmt: skip
+_BATCH = "tests/cluster/batch/test_batch_service.py::"
+_SIZES = _BATCH + "test_limits_of_size_and_number_hold"
+BATCH = (
+    Limit("an uploaded document", "batch.max_document_bytes", "`document_too_large`", _SIZES,
+          "bytes"),
+    Limit("all documents and questions of a job", "batch.max_job_bytes", "`job_too_large`", _SIZES,
+          "bytes"),
+    Limit("questions of a job, lines of a batch", "batch.max_questions", "`job_too_large`", _SIZES),
+    Limit("a question", "cluster.batch.intake:LONGEST_QUESTION_BYTES", "`INVALID_ARGUMENT`",
+          _BATCH + "test_an_id_or_a_question_that_is_too_long_is_named", "bytes"),
+    Limit("an id", "cluster.batch.intake:LONGEST_ID", "`INVALID_ARGUMENT`",
+          _BATCH + "test_an_id_or_a_question_that_is_too_long_is_named", "characters"),
+    Limit("template, instructions", "cluster.batch.spec:LONGEST_TEMPLATE", "`INVALID_ARGUMENT`",
+          _BATCH + "test_an_id_or_a_question_that_is_too_long_is_named", "characters"),
+    Limit("submissions at once in one front", "batch.max_submissions", "`RESOURCE_EXHAUSTED`",
+          _BATCH + "test_one_submission_too_many_is_refused_and_a_silent_one_ended"),
+    Limit("silence of a submission", "batch.upload_idle_s", "`DEADLINE_EXCEEDED`",
+          _BATCH + "test_one_submission_too_many_is_refused_and_a_silent_one_ended", "s"),
+    Limit("watched jobs in one front", "batch.max_watchers", "`RESOURCE_EXHAUSTED`",
+          _BATCH + "test_too_many_watchers_are_refused_in_words"),
+    Limit("tries of a document", "batch.max_claims", "given up with the last reason",
+          _BATCH + "test_what_always_fails_is_given_up_with_the_last_reason"),
+    Limit("time for a document by reference", "batch.fetch_timeout_s", "tried again",
+          "tests/cluster/batch/test_sources.py::test_the_web_below_the_allowed_place", "s"),
+    Limit("a file of `/v1/files`", "batch.max_file_bytes", "413 `request_too_large`",
+          "tests/cluster/batch/test_openai_batches.py::"
+          "test_wrong_calls_are_errors_of_the_usual_form", "bytes"),
+)  # fmt: skip
 FOLDER = (
     Limit("a JSON file", "penstock.folder:LARGEST_JSON_BYTES", "refused by name",
           _BOUNDS + "test_files_of_a_model_folder_that_are_too_large_are_not_read", "bytes"),
@@ -184,6 +212,7 @@ PARTS = (
     ("A connection and a body", CONNECTION),
     ("A request", REQUEST),
     ("Inside the cluster", INSIDE),
+    ("Batch jobs and files", BATCH),
     ("A model folder", FOLDER),
 )
 LIMITS = tuple(limit for _, part in PARTS for limit in part)

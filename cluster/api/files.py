@@ -19,7 +19,7 @@ from cluster.api.errors import HttpError
 from cluster.batch.lines import LINES, output_line
 from cluster.batch.room import BatchRoom
 from kvstore.journal.contracts import BLOB_CHUNK_BYTES, File, ItemStatus, Job
-from penstock.errors import InvalidRequestError, NotFoundError, UnavailableError
+from penstock.errors import InvalidRequestError, NotFoundError
 
 router = APIRouter()
 PURPOSES = ("batch", "assistants", "fine-tune", "vision", "user_data", "evals")
@@ -36,7 +36,7 @@ OUTPUTS: dict[str, ItemStatus] = {"output": "succeeded", "errors": "failed"}
 def room_of(request: Request) -> BatchRoom:
     room: BatchRoom | None = request.app.state.batch
     if room is None:
-        raise UnavailableError("this server keeps no files and runs no batches")
+        raise NotFoundError("this server keeps no files and runs no batches")
     return room
 
 

@@ -18,8 +18,8 @@ from kvstore.journal.contracts import BLOB_CHUNK_BYTES, Job, Journal, NewGroup, 
 from penstock.errors import DeadlineError, InvalidRequestError, ModelNotFoundError
 from protos.penstock.batch.v1 import batch_pb2
 
-_LONGEST_ID = 256
-_LONGEST_QUESTION_BYTES = 1 << 20
+LONGEST_ID = 256
+LONGEST_QUESTION_BYTES = 1 << 20
 # Rows of one transaction: each waits for the disk, so they go together.
 _GROUPS_PER_APPEND = 256
 _ITEMS_PER_APPEND = 4096
@@ -136,9 +136,9 @@ class Intake:
 
     def _check_ids(self, document: batch_pb2.Document) -> None:
         for name in (document.id, *(q.id for q in document.questions)):
-            if len(name) > _LONGEST_ID or "\n" in name:
+            if len(name) > LONGEST_ID or "\n" in name:
                 raise InvalidRequestError(
-                    f"ids have at most {_LONGEST_ID} characters and no line break",
+                    f"ids have at most {LONGEST_ID} characters and no line break",
                     param="document.id",
                 )
         for number, question in enumerate(document.questions):
@@ -147,9 +147,9 @@ class Intake:
                     f"question {number} of document {self._documents} is empty",
                     param="document.questions",
                 )
-            if len(question.text.encode()) > _LONGEST_QUESTION_BYTES:
+            if len(question.text.encode()) > LONGEST_QUESTION_BYTES:
                 raise InvalidRequestError(
-                    f"a question is longer than {_LONGEST_QUESTION_BYTES} bytes; put long text "
+                    f"a question is longer than {LONGEST_QUESTION_BYTES} bytes; put long text "
                     "into the document",
                     param="document.questions",
                 )

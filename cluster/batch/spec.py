@@ -13,7 +13,7 @@ from protos.penstock.batch.v1 import batch_pb2
 DOCUMENTS = "documents"
 """`Job.kind` of jobs that came through gRPC."""
 TEMPLATE = "{document}\n\nQuestion: {question}"
-_LONGEST_TEMPLATE = 16_384
+LONGEST_TEMPLATE = 16_384
 _LONGEST_KEY = 256
 _MOST_METADATA = 16
 
@@ -43,8 +43,8 @@ class DocumentSpec:
                 "template must hold {document} and {question} once each", param="job.template"
             )
         for name, text, longest in (
-            ("template", template, _LONGEST_TEMPLATE),
-            ("instructions", wire.instructions, _LONGEST_TEMPLATE),
+            ("template", template, LONGEST_TEMPLATE),
+            ("instructions", wire.instructions, LONGEST_TEMPLATE),
             ("idempotency_key", wire.idempotency_key, _LONGEST_KEY),
             ("cache_salt", wire.cache_salt, _LONGEST_KEY),
         ):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -13,6 +15,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.auth.key_file import add_key
 from cluster.auth.keys import KeyLimits, new_key
+from cluster.batch.intake import LONGEST_ID, LONGEST_QUESTION_BYTES
+from cluster.batch.spec import LONGEST_TEMPLATE
 from penstock.client import Document, Job, JobOptions, Question, Result
 from penstock.errors import (
     AuthenticationError,
@@ -28,6 +32,7 @@ from penstock.errors import (
 )
 from protos.penstock.batch.v1 import batch_pb2, batch_pb2_grpc
 from tests.cluster.batch.batch_harness import Batch, batch_front, documents
+from tests.kvstore.redis_server import running_redis
 
 
 @pytest.fixture
@@ -295,6 +300,107 @@ async def test_limits_of_size_and_number_hold(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"nowhere\.txt"):
             await client.submit([Document.from_file(tmp_path / "nowhere.txt", ["?"])])
         assert await client.list() == []
+
+
+async def test_an_id_or_a_question_that_is_too_long_is_named(batch: Batch) -> None:
+    long = "x" * (LONGEST_ID + 1)
+    async with batch.client() as client:
+        for wrong in (
+            Document.from_text("a", ["?"], id=long),
+            Document.from_text("a", [Question("?", long)]),
+            Document.from_text("a", ["?" * (LONGEST_QUESTION_BYTES + 1)]),
+        ):
+            with pytest.raises(InvalidRequestError, match=r"characters|longer than"):
+                await client.submit([wrong])
+        template = "{document}{question}" + "x" * LONGEST_TEMPLATE
+        for options in (
+            JobOptions(template=template),
+            JobOptions(instructions="x" * (LONGEST_TEMPLATE + 1)),
+        ):
+            with pytest.raises(InvalidRequestError, match="longer than"):
+                await client.submit(documents(1), options)
+
+
+async def test_one_submission_too_many_is_refused_and_a_silent_one_ended(tmp_path: Path) -> None:
+    async with (
+        batch_front(tmp_path, max_submissions=1, upload_idle_s=2.0) as batch,
+        batch.client(retry_s=0.0) as client,
+        grpc.aio.insecure_channel(batch.target) as channel,
+    ):
+        silent = batch_pb2_grpc.BatchStub(channel).Submit()
+        await silent.write(batch_pb2.SubmitRequest(job=batch_pb2.JobSpec()))
+        await asyncio.sleep(0.1)
+        with pytest.raises(OverloadedError, match="limit"):
+            await client.submit(documents(1))
+        with pytest.raises(grpc.aio.AioRpcError, match="sent nothing for"):
+            await silent
+        assert (await client.wait((await client.submit(documents(1))).id)).succeeded == 2
+
+
+async def test_no_order_of_messages_is_a_failure_of_the_server(batch: Batch) -> None:
+    """Two hundred random submissions: accepted or refused with a reason, never half there."""
+    rng = random.Random(7)
+    pieces: list[dict[str, object]] = [
+        {"job": {}},
+        {"job": {"template": "{question}{document}", "max_tokens": 1}},
+        {"job": {"top_p": 7.0}},
+        {"document": {"questions": [{"text": "?"}]}},
+        {"document": {"id": "d", "questions": [{"text": "a"}, {"text": "b", "id": "x"}]}},
+        {"document": {"uri": "file:///etc/passwd", "questions": [{"text": "?"}]}},
+        {"document": {"uri": "\x00"}},
+        {"data": b"text"},
+        {"data": b""},
+        {"data": b"\xff\xfe"},
+        {},
+    ]
+    codes: Counter[str] = Counter()
+    async with grpc.aio.insecure_channel(batch.target) as channel, batch.client() as client:
+        stub = batch_pb2_grpc.BatchStub(channel)
+        for _ in range(200):
+            parts: list[dict[str, object]] = [{"job": {}}]
+            for _ in range(rng.randrange(1, 4)):
+                parts += [rng.choice(pieces[3:5]), {"data": b"text"}]
+            for _ in range(rng.randrange(3)):
+                parts.insert(rng.randrange(len(parts) + 1), rng.choice(pieces))
+
+            async def send(
+                parts: Sequence[dict[str, object]] = tuple(parts),
+            ) -> AsyncIterator[object]:
+                for part in parts:
+                    yield batch_pb2.SubmitRequest(**part)  # type: ignore[arg-type]
+
+            try:
+                await stub.Submit(send())
+                codes["OK"] += 1
+            except grpc.aio.AioRpcError as error:
+                codes[error.code().name] += 1
+                assert error.details()
+        print(codes)
+        assert set(codes) <= {"OK", "INVALID_ARGUMENT", "PERMISSION_DENIED"} and codes["OK"] > 5
+        jobs = await client.list(limit=100)
+        assert len(jobs) == codes["OK"]
+        for job in jobs:
+            assert (await client.wait(job.id)).state == "completed"
+
+
+async def test_a_job_goes_on_when_its_redis_was_killed(tmp_path: Path) -> None:
+    options = ("--appendonly", "yes", "--appendfsync", "always", "--dir", str(tmp_path))
+    with running_redis(*options) as redis:
+        async with batch_front(tmp_path, journal_url=redis.url) as batch:
+            batch.service.plan.token_pause_s = 0.05
+            async with batch.client() as client:
+                job = await client.submit(documents(20, 2))
+                seen = []
+                async for result in client.results(job.id, wait=True):
+                    seen.append(result.number)
+                    if len(seen) == 10:
+                        await asyncio.to_thread(redis.kill)
+                        await asyncio.sleep(0.5)
+                        await asyncio.to_thread(redis.start)
+                done = await client.get(job.id)
+    print(seen)
+    assert sorted(seen) == list(range(40)) and done.state == "completed"
+    assert (done.succeeded, done.failed) == (40, 0)
 
 
 async def test_a_broken_upload_leaves_no_job(batch: Batch) -> None:
