@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
@@ -28,6 +29,8 @@ _POLL_S = 0.25
 # A watcher hears at least this often, so that a dead connection is noticed.
 _HEARTBEAT_S = 10.0
 _PAGE = 256
+# What a refused submission still sends is read and dropped for so long.
+_DRAIN_S = 2.0
 _MOST_LISTED = 100
 
 
@@ -103,6 +106,18 @@ class BatchService(batch_pb2_grpc.BatchServicer):
 
     @_mapped
     async def Submit(self, request: Any, context: Any) -> batch_pb2.SubmitResponse:
+        requests = aiter(request)
+        try:
+            return await self._submit(requests, context)
+        except PenstockError:
+            # A client whose write meets an ended call may never read why it was refused.
+            with contextlib.suppress(TimeoutError, grpc.aio.BaseError):
+                async with asyncio.timeout(_DRAIN_S):
+                    async for _ in requests:
+                        continue
+            raise
+
+    async def _submit(self, requests: Any, context: Any) -> batch_pb2.SubmitResponse:
         caller = self._caller(context)
         if self._submissions >= self._config.max_submissions:
             raise OverloadedError(
@@ -112,7 +127,7 @@ class BatchService(batch_pb2_grpc.BatchServicer):
         try:
             model = await self._around.service.model()
             intake = Intake(self._journal, self._config, self._sources, caller, model.name)
-            job, created = await intake.take(request)
+            job, created = await intake.take(requests)
         finally:
             self._submissions -= 1
         self._on_work()
