@@ -195,7 +195,7 @@ class LauncherSection(Section):
     front for one of `penstock_front`: they run only on nodes that offer them.
     """
     ready_file: str | None = None
-    """File that holds a replica's process id for as long as the replica serves, for probes."""
+    """File that holds a replica's process id and Ray node for as long as the replica serves."""
 
 
 class TelemetrySection(TelemetrySpec):

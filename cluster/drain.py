@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-READY_FILE = "/tmp/penstock/ready"
 _POLL_S = 0.2
 # Ray and Serve take their time to notice, and Serve gives requests the whole timeout.
 _SPARE_S = 15.0
@@ -26,14 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0: nothing runs here any more. 1: something still did at the end of the timeout."""
     parser = argparse.ArgumentParser(prog="python -m cluster.drain", description=__doc__)
     parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS")
-    parser.add_argument("--ready-file", type=Path, default=Path(READY_FILE))
+    parser.add_argument(
+        "--ready-file", type=Path, required=True, metavar="FILE", help="launcher.ready_file"
+    )
     options = parser.parse_args(arguments)
-    replica = running(options.ready_file)
-    if replica is None:
+    node_id = running(options.ready_file)
+    if node_id is None:
         print("nothing runs here")
         return 0
     started = time.monotonic()
-    refused = _leave(options.timeout)
+    refused = _leave(node_id, options.timeout)
     if refused:
         # Without Ray's help there is still the wait: running requests may end by themselves.
         print(f"drain: {refused}", file=sys.stderr)
@@ -46,18 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def running(ready_file: Path) -> int | None:
-    """The process that the file names, if it lives."""
+def running(ready_file: Path) -> str | None:
+    """The Ray node of the replica that the file names, if that lives."""
     try:
-        pid = int(ready_file.read_text())
-        os.kill(pid, 0)
+        pid, node_id = ready_file.read_text().split()
+        os.kill(int(pid), 0)
     except (OSError, ValueError):
         return None
-    return pid
+    return node_id
 
 
-def _leave(timeout_s: float) -> str:
-    """Announces to Ray that this node leaves; what went wrong, or ''."""
+def _leave(node_id: str, timeout_s: float) -> str:
+    """Announces to Ray that the node leaves; what went wrong, or ''."""
     import ray
     from ray.core.generated import autoscaler_pb2
 
@@ -65,20 +66,19 @@ def _leave(timeout_s: float) -> str:
     raylet: Any = ray._raylet
     reasons: Any = autoscaler_pb2
     try:
-        # The cluster that runs here, never a new one. KubeRay sets RAY_ADDRESS.
-        context: Any = ray.init("auto", log_to_driver=False, configure_logging=False)
-        client = raylet.GcsClient(address=context.address_info["gcs_address"])
+        # KubeRay sets it in every Ray container.
+        client = raylet.GcsClient(address=os.environ["RAY_ADDRESS"])
         accepted, reason = client.drain_node(
-            ray.get_runtime_context().get_node_id(),
+            node_id,
             reasons.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
             "the pod is being deleted",
             # Serve stops a replica, gently, its own grace before this moment.
             time.time_ns() // 1_000_000 + int(timeout_s * 1000),
         )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except KeyError:
+        return "RAY_ADDRESS is not set: this runs inside a Ray pod"
+    except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
         return str(error).splitlines()[0]
-    finally:
-        ray.shutdown()
     return "" if accepted else str(reason)
 
 

@@ -49,7 +49,7 @@ OWNED: Mapping[str, Owned] = {
     "launcher.object_store_bytes": Owned("", "ray.objectStoreMemory gives it to each Ray node"),
     "launcher.worker_host": Owned("", "the pod's own address"),
     "launcher.store_address": Owned("", "the release's store"),
-    "launcher.start_timeout_s": Owned("", "startupSeconds of each role: the pods' startup probes"),
+    "launcher.start_timeout_s": _by("prefill.startupSeconds"),
     "launcher.drain_timeout_s": _by("ray.drainSeconds"),
     "launcher.pool_resources": Owned("", "always: a pool's workers belong on its own pods"),
     "launcher.ready_file": Owned("", "read by the pods' probes"),

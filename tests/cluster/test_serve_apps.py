@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,12 @@ import pytest
 from ray import cloudpickle
 
 from cluster import serve_apps
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, resolve
 from cluster.drain import running
-from penstock.errors import UsageError
+from cluster.launchers.common import free_port
+from kvstore.config import StoreConfig
+from kvstore.server import start_server
+from penstock.errors import StoreUnavailableError, UsageError
 
 STORE = {"launcher": {"store_address": "store:7070", "pool_resources": True}}
 BUILDERS = (serve_apps.prefill, serve_apps.decode, serve_apps.front)
@@ -99,12 +103,33 @@ def test_a_replica_without_a_store_says_what_is_missing() -> None:
 
 def test_the_ready_file_names_a_living_replica_and_only_its_own(tmp_path: Path) -> None:
     path = tmp_path / "run/ready"
-    file = serve_apps._ReadyFile(str(path))
-    assert running(path) == os.getpid()
+    file = serve_apps._ReadyFile(str(path), "node")
+    assert running(path) == "node"
+    assert path.read_text() == f"{os.getpid()} node\n"
     file.remove()
     assert running(path) is None
-    file = serve_apps._ReadyFile(str(path))
-    path.write_text("4194304\n")  # above the largest process id
+    file = serve_apps._ReadyFile(str(path), "node")
+    path.write_text("4194304 node\n")  # above the largest process id
     assert running(path) is None
     file.remove()
     assert path.exists(), "a successor's file is not ours to remove"
+
+
+async def test_a_worker_waits_for_a_store_that_comes_later() -> None:
+    port = free_port()
+    settings = {"launcher": {"store_address": f"127.0.0.1:{port}", "start_timeout_s": 20}}
+    waiting = asyncio.create_task(serve_apps.store_answers(resolve(settings=settings).config))
+    await asyncio.sleep(0.7)
+    assert not waiting.done()
+    server = await start_server(StoreConfig(listen=f"127.0.0.1:{port}"))
+    try:
+        await asyncio.wait_for(waiting, 10)
+    finally:
+        await server.stop()
+
+
+async def test_a_store_that_never_comes_is_named() -> None:
+    port = free_port()
+    settings = {"launcher": {"store_address": f"127.0.0.1:{port}", "start_timeout_s": 0.2}}
+    with pytest.raises(StoreUnavailableError, match=f"127.0.0.1:{port}"):
+        await serve_apps.store_answers(resolve(settings=settings).config)

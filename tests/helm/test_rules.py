@@ -260,6 +260,7 @@ def test_pods_outlive_their_drain(values: str) -> None:
         spec = chart.group(docs, role)["template"]["spec"]
         command = spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
         assert command[:3] == ["python", "-m", "cluster.drain"]
+        assert command[-2] == "--timeout"
         assert spec["terminationGracePeriodSeconds"] >= int(command[-1]) + 30
 
 

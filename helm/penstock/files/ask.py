@@ -48,19 +48,23 @@ def main():
             print("not ready yet:", reason, flush=True)
             time.sleep(2)
 
-    try:
-        answer = call(
-            "/v1/chat/completions",
-            {
-                "model": os.environ["PENSTOCK_MODEL"],
-                "temperature": 0,
-                "max_tokens": 64,
-                "messages": [{"role": "user", "content": os.environ["PENSTOCK_QUESTION"]}],
-            },
-        )
-    except urllib.error.HTTPError as error:
-        reason = error.read().decode(errors="replace")
-        sys.exit(f"refused with {error.code}: {reason}")
+    body = {
+        "model": os.environ["PENSTOCK_MODEL"],
+        "temperature": 0,
+        "max_tokens": 64,
+        "messages": [{"role": "user", "content": os.environ["PENSTOCK_QUESTION"]}],
+    }
+    while True:
+        try:
+            answer = call("/v1/chat/completions", body)
+            break
+        except urllib.error.HTTPError as error:
+            reason = error.read().decode(errors="replace")
+            # These pass: a busy moment, a replica that was just started anew.
+            if error.code not in (429, 503) or time.monotonic() > deadline:
+                sys.exit(f"refused with {error.code}: {reason}")
+            print("not yet:", reason, flush=True)
+            time.sleep(2)
     text = answer["choices"][0]["message"]["content"]
     print(f"answer: {text!r}, usage: {answer['usage']}", flush=True)
     expected = os.environ["PENSTOCK_EXPECT"]

@@ -80,7 +80,7 @@ spec:
       lifecycle:
         preStop:
           exec:
-            command: [python, -m, cluster.drain, --timeout, {{ $root.Values.ray.drainSeconds | quote }}]
+            command: [python, -m, cluster.drain, --ready-file, /tmp/penstock/ready, --timeout, {{ $root.Values.ray.drainSeconds | quote }}]
       volumeMounts:
         - {name: tmp, mountPath: /tmp}
         - {name: shared-mem, mountPath: /dev/shm}
@@ -138,7 +138,7 @@ spec:
 {{- $root := index . 0 -}}{{- $name := index . 1 -}}
 {{- $role := index $root.Values $name -}}
 {{- $raylet := "httpGet: {path: /api/local_raylet_healthz, port: 52365}" -}}
-{{- $serves := "exec: {command: [sh, -c, 'kill -0 \"$(cat /tmp/penstock/ready)\"']}" -}}
+{{- $serves := "exec: {command: [sh, -c, 'read -r pid node < /tmp/penstock/ready && kill -0 \"$pid\"']}" -}}
 startupProbe:
   {{ ternary $serves $raylet (or (eq $name "prefill") (eq $name "decode")) }}
   periodSeconds: 5
