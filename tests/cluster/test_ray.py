@@ -93,7 +93,11 @@ def neighbour() -> Iterator[Neighbour]:
 
 
 def _worker(served: Served, role: str) -> int:
-    for line in httpx.get(f"{served.url}/metrics").text.splitlines():
+    """Its pid; 0 unless it is the only one of its role that the front may send requests to."""
+    text = httpx.get(f"{served.url}/metrics").text
+    if f'penstock_workers{{role="{role}",state="ready"}} 1.0' not in text:
+        return 0
+    for line in text.splitlines():
         if line.startswith("penstock_worker_pid{") and f'role="{role}"' in line:
             return int(float(line.split()[-1]))
     return 0

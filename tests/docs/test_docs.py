@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cluster.config import ClusterConfig
-from cluster.reference import http, settings, wire
+from cluster.reference import http_api, settings, wire
 from cluster.reference.commands import commands
 from cluster.reference.commands import page as cli_page
 from penstock.errors import error_codes
@@ -160,7 +160,7 @@ async def test_requests_that_are_shown_are_accepted() -> None:
 
 
 def test_the_reference_has_every_command_setting_field_and_code() -> None:
-    cli, config, api = cli_page(), settings.page(), http.page()
+    cli, config, api = cli_page(), settings.page(), http_api.page()
     for path, command in commands():
         if not getattr(command, "commands", None):
             assert f"## `{path}`" in cli
@@ -170,7 +170,7 @@ def test_the_reference_has_every_command_setting_field_and_code() -> None:
     for section, field in ClusterConfig.model_fields.items():
         for name in field.annotation.model_fields:  # type: ignore[union-attr]
             assert f"PENSTOCK_{section.upper()}__{name.upper()}`" in config
-    for path in http.openapi()["paths"]:
+    for path in http_api.openapi()["paths"]:
         assert f"{path}`" in api
     assert not [code for code in error_codes() if f"| `{code}` |" not in api]
     for package in ("kv.v1", "worker.v1", "telemetry.v1"):

@@ -7,9 +7,9 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from cluster.reference import commands, http, settings, wire
+from cluster.reference import commands, http_api, settings, wire
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 _COPIED = {
     "reference/helm.md": ROOT / "helm" / "penstock" / "README.md",
     "reference/changelog.md": ROOT / "CHANGELOG.md",
@@ -19,7 +19,7 @@ _COPIED = {
 def generated() -> dict[str, str]:
     """Pages by their place under `docs`."""
     pages = {
-        "reference/http.md": http.page(),
+        "reference/http.md": http_api.page(),
         "reference/grpc.md": wire.page(),
         "reference/cli.md": commands.page(),
         "reference/settings.md": settings.page(),
