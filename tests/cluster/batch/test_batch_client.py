@@ -13,6 +13,7 @@ import pytest
 
 from cluster.cli.batch import read_job
 from cluster.launchers.common import free_port
+from cluster.tls.authority import new_authority, new_front
 from penstock.client import AsyncBatchClient, BatchClient, Document, JobOptions, Question
 from penstock.errors import PenstockError, UnavailableError, UsageError
 from tests.cluster.batch.batch_harness import batch_front, documents
@@ -201,3 +202,20 @@ def test_a_job_file_reads_back_as_what_it_says(tmp_path: Path) -> None:
     made, options, key = read_job(file)
     assert options.seed == 3 and key == ""
     assert made[0].uri == "s3://b/d" and list(made[0].questions) == [Question("q")]
+
+
+async def test_tls_with_the_fronts_own_certificate(tmp_path: Path) -> None:
+    authority = new_authority(30)
+    pair = new_front(authority, ("127.0.0.1",), 30)
+    files = {"ca.pem": authority.cert, "tls.pem": pair.cert, "tls.key": pair.key}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    front = {"tls_cert": str(tmp_path / "tls.pem"), "tls_key": str(tmp_path / "tls.key")}
+    async with batch_front(tmp_path, front=front) as batch:
+        async with batch.client(ca=tmp_path / "ca.pem") as client:
+            job = await client.submit(documents(1))
+            assert (await client.wait(job.id)).succeeded == 2
+        for wrong in ({}, {"tls": True}):
+            async with batch.client(retry_s=0.2, **wrong) as client:
+                with pytest.raises(UnavailableError, match="cannot be reached"):
+                    await client.list()

@@ -417,7 +417,7 @@ async def test_a_broken_upload_leaves_no_job(batch: Batch) -> None:
         assert (await client.wait(job.id)).succeeded == 1
 
 
-async def test_unknown_jobs_and_a_port_that_is_no_batch_service(batch: Batch) -> None:
+async def test_unknown_jobs_are_named(batch: Batch) -> None:
     async with batch.client() as client:
         for call in (client.get("job-x"), client.cancel("job-x"), client.resume("")):
             with pytest.raises(NotFoundError, match="there is no job"):
