@@ -5,9 +5,10 @@
  * A key that a row does not see adds exactly zero.
  */
 #include "dots.h"
+#include "panels.h"
 
 #define MOST_FLOATS (1 << 17)
-#define MOST_ROWS 64
+#define MOST_ROWS 128
 #define KEY_BLOCK 256
 
 typedef const float *row_t;
@@ -24,6 +25,45 @@ static void score_all(const float *q, int64_t rows, int64_t c, const row_t *key,
             for (int i = 0; i < 4 && m + i < rows; i++)
                 memcpy(score + (m + i) * ld_score + n, found + 4 * i, 16);
         }
+}
+
+INLINE void score_tile(int rows, const float *q, int64_t c, const float *panel, float scale,
+                       float *score, int64_t ld_score, int wide) {
+    v16 sum[8][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (v16){};
+    for (int64_t i = 0; i < c; i++) {
+        v16 a = ld(panel + i * KEYS), b = wide ? ld(panel + i * KEYS + 16) : (v16){};
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            v16 x = all(q[r * c + i]);
+            sum[r][0] = fma16(x, a, sum[r][0]);
+            if (wide) sum[r][1] = fma16(x, b, sum[r][1]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+        st(score + r * ld_score, sum[r][0] * scale);
+        if (wide) st(score + r * ld_score + 16, sum[r][1] * scale);
+    }
+}
+
+/* score[m][n] of rows q + m * c and keys in panels; keys is a multiple of 16. */
+static void score_panels(const float *q, int64_t rows, int64_t c, const float *panels,
+                         int64_t keys, float scale, float *score, int64_t ld_score) {
+    for (int64_t n = 0; n < keys; n += KEYS) {
+        int64_t m = 0;
+#define STEP(size)                                                                              \
+    for (; m + size <= rows; m += size) {                                                       \
+        float *to = score + m * ld_score + n;                                                   \
+        if (n + KEYS <= keys)                                                                   \
+            score_tile(size, q + m * c, c, panels + n * c, scale, to, ld_score, 1);             \
+        else                                                                                    \
+            score_tile(size, q + m * c, c, panels + n * c, scale, to, ld_score, 0);             \
+    }
+        STEP(8) STEP(4) STEP(2) STEP(1)
+#undef STEP
+    }
 }
 
 INLINE void value_tile(int rows, const float *p, int64_t ld_p, const row_t *key, int64_t keys,
@@ -122,7 +162,8 @@ PUBLIC int ps_attend(const float *q, int64_t heads, int64_t c, const int64_t *sp
             int64_t width = near + far + chosen;
             float *score = ps_scratch(3, rows * width);
             row_t *key = (row_t *)ps_scratch(4, 2 * width);
-            if (!score || !key) return -1;
+            float *panels = ps_scratch(1, (near + far + 16) * c);
+            if (!score || !key || !panels) return -1;
             const float *from = q + (span.row + t) * heads * c;
             float *to = out + (span.row + t) * heads * c;
             memset(to, 0, (size_t)(rows * c) * 4);
@@ -133,7 +174,8 @@ PUBLIC int ps_attend(const float *q, int64_t heads, int64_t c, const int64_t *sp
             int64_t visible = ratio ? end / ratio : 0;
             for (int64_t n = 0; n < far; n++)
                 key[near + n] = n < visible ? span.entries + n * c : zero;
-            score_all(from, rows, c, key, near + far, scale, score, width);
+            turn_keys(key, near + far, c, panels);
+            score_panels(from, rows, c, panels, near + far, scale, score, width);
             for (int64_t i = 0; i < count; i++) {
                 int64_t at = first + i, lows = at - window + 1 > 0 ? at - window + 1 : 0;
                 int64_t used = far, seen = ratio ? (at + 1) / ratio : 0;

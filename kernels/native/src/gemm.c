@@ -34,8 +34,9 @@ PUBLIC void ps_pack(const float *w_NK, int64_t n, int64_t k, int bf16, void *out
             }
 }
 
+/* `ahead`: a bf16 panel that is fetched on the way, or NULL. */
 INLINE void tile(int rows, int bf16, const float *a, int64_t lda, const void *panel, int64_t k,
-                 int64_t valid, float *c, int64_t ldc) {
+                 int64_t valid, float *c, int64_t ldc, const char *ahead) {
     v16 sum[8][2];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (v16){};
@@ -48,6 +49,7 @@ INLINE void tile(int rows, int bf16, const float *a, int64_t lda, const void *pa
             const float *b = (const float *)panel + i * WIDE;
             b0 = ld(b), b1 = ld(b + 16);
         }
+        if (ahead) __builtin_prefetch(ahead + i * WIDE * 2, 0, 2);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             v16 x = all(a[r * lda + i]);
@@ -105,17 +107,23 @@ INLINE void product(int bf16, const float *a, int64_t lda, int64_t rows, const c
         for (; col < n; col += WIDE) {
             const char *panel = panels + col / WIDE * panel_bytes;
             int64_t r = first;
+#define TILE(size, small, from, next)                                                           \
+    tile(size, small, a + r * lda, lda, from, k, n - col, c + r * ldc + col, ldc, next)
 #define STEP(size, small, from)                                                                 \
-    for (; r + size <= end; r += size)                                                          \
-        tile(size, small, a + r * lda, lda, from, k, n - col, c + r * ldc + col, ldc);
+    for (; r + size <= end; r += size) TILE(size, small, from, NULL);
+            /* Read once a block of rows, a panel comes from memory: it is asked for while the one
+             * before it is used. */
+            const char *next = col + WIDE < n ? panel + panel_bytes : NULL;
             if (wide) {
                 for (int64_t i = 0; i < k * WIDE; i += 16)
                     st(wide + i, ld_bf16((const uint16_t *)panel + i));
+                if (next) TILE(8, 0, wide, next), r += 8;
                 STEP(8, 0, wide) STEP(4, 0, wide) STEP(2, 0, wide) STEP(1, 0, wide)
             } else {
                 STEP(8, bf16, panel) STEP(4, bf16, panel) STEP(2, bf16, panel) STEP(1, bf16, panel)
             }
 #undef STEP
+#undef TILE
         }
     }
 }

@@ -1,58 +1,7 @@
 /* Lightning indexer: scores of keys and the choice of the best (deepseek-v4.md 2.4). */
-#include "vec.h"
+#include "panels.h"
 
-#define KEYS 32
 #define PANEL_FLOATS 4096
-
-#define PAIRS(a, b, low)                                                                        \
-    __builtin_shuffle(a, b, (i16){low, 16 + low, 1 + low, 17 + low, 4 + low, 20 + low, 5 + low, \
-                                  21 + low, 8 + low, 24 + low, 9 + low, 25 + low, 12 + low,     \
-                                  28 + low, 13 + low, 29 + low})
-#define FOURS(a, b, low)                                                                        \
-    __builtin_shuffle(a, b, (i16){low, 1 + low, 16 + low, 17 + low, 4 + low, 5 + low, 20 + low, \
-                                  21 + low, 8 + low, 9 + low, 24 + low, 25 + low, 12 + low,     \
-                                  13 + low, 28 + low, 29 + low})
-#define EIGHTS(a, b, low)                                                                       \
-    __builtin_shuffle(a, b, (i16){low, 1 + low, 2 + low, 3 + low, 8 + low, 9 + low, 10 + low,   \
-                                  11 + low, 16 + low, 17 + low, 18 + low, 19 + low, 24 + low,   \
-                                  25 + low, 26 + low, 27 + low})
-
-/* out[channel][16] of sixteen channels of sixteen keys; rows of out lie KEYS floats apart. */
-INLINE void turn16(const float *const key[16], int64_t at, float *out) {
-    v16 a[16], b[16];
-#pragma GCC unroll 16
-    for (int j = 0; j < 16; j++) a[j] = ld(key[j] + at);
-    /* Lane group g of b[4 i + m] holds channel 4 g + m of keys 4 i .. 4 i + 3. */
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-        v16 x = PAIRS(a[i], a[i + 1], 0), y = PAIRS(a[i + 2], a[i + 3], 0);
-        v16 z = PAIRS(a[i], a[i + 1], 2), w = PAIRS(a[i + 2], a[i + 3], 2);
-        b[i] = FOURS(x, y, 0), b[i + 1] = FOURS(x, y, 2);
-        b[i + 2] = FOURS(z, w, 0), b[i + 3] = FOURS(z, w, 2);
-    }
-#pragma GCC unroll 4
-    for (int m = 0; m < 4; m++) {
-        v16 x = EIGHTS(b[m], b[4 + m], 0), y = EIGHTS(b[8 + m], b[12 + m], 0);
-        v16 z = EIGHTS(b[m], b[4 + m], 4), w = EIGHTS(b[8 + m], b[12 + m], 4);
-        st(out + (0 + m) * KEYS, EIGHTS(x, y, 0)), st(out + (8 + m) * KEYS, EIGHTS(x, y, 4));
-        st(out + (4 + m) * KEYS, EIGHTS(z, w, 0)), st(out + (12 + m) * KEYS, EIGHTS(z, w, 4));
-    }
-}
-
-/* `keys` as [panel][c][KEYS]; rows beyond `most` repeat the last one. */
-static void turn_keys(const float *keys, int64_t first, int64_t count, int64_t most, int64_t c,
-                      float *out) {
-    for (int64_t e = 0; e < count; e += KEYS)
-        for (int half = 0; half < KEYS; half += 16) {
-            const float *key[16];
-            for (int j = 0; j < 16; j++) {
-                int64_t at = first + e + half + j;
-                key[j] = keys + (at < most ? at : most - 1) * c;
-            }
-            for (int64_t at = 0; at < c; at += 16)
-                turn16(key, at, out + e * c + at * KEYS + half);
-        }
-}
 
 /* total[2] += weight * relu(q . key) of `heads` heads in order, for the KEYS keys of a panel. */
 INLINE void score_tile(int heads, const float *q, const float *weight, const float *panel,
@@ -87,10 +36,14 @@ PUBLIC int ps_index_scores(const float *q, const float *weight, int64_t rows, in
     if (block < KEYS) block = KEYS;
     for (int64_t r = 0; r < rows; r++) most = visible[r] > most ? visible[r] : most;
     float *panels = ps_scratch(0, block * c);
-    if (!panels) return -1;
+    const float **key = (const float **)ps_scratch(1, 2 * block);
+    if (!panels || !key) return -1;
     for (int64_t first = 0; first < most; first += block) {
         int64_t count = first + block < most ? block : most - first;
-        turn_keys(keys, first, count, most, c, panels);
+        /* Beyond the last one it is repeated. */
+        for (int64_t e = 0; e < block; e++)
+            key[e] = keys + (first + e < most ? first + e : most - 1) * c;
+        turn_keys(key, (count + KEYS - 1) / KEYS * KEYS, c, panels);
         for (int64_t r = 0; r < rows; r++) {
             int64_t end = first + count < visible[r] ? first + count : visible[r];
             for (int64_t e = first; e < end; e += KEYS) {
