@@ -5,7 +5,7 @@ Shape suffixes: R rows (padded as the ops want it), K inputs, N outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +52,15 @@ class PackedLinear(Linear):
     def packed(self) -> Any:
         return self.kept
 
-    def __call__(self, x_RK: Tensor) -> Tensor:
+    @property
+    def outputs(self) -> int:
+        return int(self.kept.outputs)
+
+    def __call__(self, x_RK: Tensor, out_RN: Tensor | None = None) -> Tensor:
+        """`out_RN`: where the product goes, if given; its rows may lie apart."""
         assert self.ops is not None
         x = x_RK if self.round_input is None else self.round_input(x_RK)
-        return self.ops.product(x, self.kept)
+        return self.ops.product(x, self.kept, out_RN)
 
 
 def linear(
@@ -69,3 +74,16 @@ def linear(
     if kept is None:
         return Linear(weight_NK, row_tile, round_input)
     return PackedLinear(weight_NK.new_empty(0), None, round_input, ops, kept)
+
+
+def side_by_side(linears: Sequence[Linear], parts_RK: Sequence[Tensor]) -> Tensor:
+    """[R, N + N + ...]: the product of each part with its own weight."""
+    packed = [each for each in linears if isinstance(each, PackedLinear)]
+    if len(packed) < len(linears):
+        pairs = zip(linears, parts_RK, strict=True)
+        return torch.cat([each(part.contiguous()) for each, part in pairs], -1)
+    widths = [each.outputs for each in packed]
+    out = torch.empty((parts_RK[0].shape[0], sum(widths)))
+    for each, part, column in zip(packed, parts_RK, torch.split(out, widths, -1), strict=True):
+        each(part, column)
+    return out

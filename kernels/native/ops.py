@@ -120,6 +120,8 @@ class NativeOps(ReferenceOps):
     """See the module. Inputs must be fp32 and on the CPU."""
 
     row_multiple = 1
+    # Scores are made in panels: there is no buffer of products to bound.
+    most_index_products = 1 << 30
 
     def __init__(self) -> None:
         library = load_library()
@@ -162,10 +164,10 @@ class NativeOps(ReferenceOps):
         self._lib.ps_pack(weight.data_ptr(), n, k, small, panels.data_ptr())
         return PackedWeight(panels, n, k)
 
-    def product(self, x_RK: Tensor, weight: PackedWeight) -> Tensor:
+    def product(self, x_RK: Tensor, weight: PackedWeight, out_RN: Tensor | None = None) -> Tensor:
         x = x_RK if x_RK.stride(-1) == 1 else x_RK.contiguous()
         rows, n = x.shape[0], weight.outputs
-        out = torch.empty((rows, n))
+        out = torch.empty((rows, n)) if out_RN is None else out_RN
         self._lib.ps_product(
             x.data_ptr(),
             x.stride(0),
@@ -175,7 +177,7 @@ class NativeOps(ReferenceOps):
             weight.inputs,
             n,
             out.data_ptr(),
-            n,
+            out.stride(0),
         )
         return out
 
@@ -211,10 +213,12 @@ class NativeOps(ReferenceOps):
         gates: mhc.HyperWeights,
         mixed: tuple[Tensor, ...],
         y_RD: Tensor,
+        *,
+        in_place: bool = False,
     ) -> Tensor:
         x, y = streams_RSD.contiguous(), y_RD.contiguous()
         post, comb = (part.contiguous() for part in mixed)
-        out = torch.empty_like(x)
+        out = x if in_place else torch.empty_like(x)
         self._lib.ps_leave(
             x.data_ptr(),
             y.data_ptr(),

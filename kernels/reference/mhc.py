@@ -145,9 +145,14 @@ def enter(
 
 
 def leave(
-    streams_RSD: Tensor, gates: HyperWeights, mixed: tuple[Tensor, ...], y_RD: Tensor
+    streams_RSD: Tensor,
+    gates: HyperWeights,
+    mixed: tuple[Tensor, ...],
+    y_RD: Tensor,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
-    """Out of a sublayer: the streams with its output y."""
+    """Out of a sublayer: the streams with its output y. `in_place`: they may be written over."""
     g = gates
     post, comb = output_gates(
         mixed[0], g.scale, g.base, streams=g.streams, iters=g.iters, eps=g.eps

@@ -35,6 +35,8 @@ class ReferenceOps:
     name = "reference-2"
     row_multiple = lanes.ROW_MULTIPLE
     """Rows of a pass are padded to a multiple of this."""
+    most_index_products = 1 << 18
+    """Products of queries and a tile of index keys that `index_scores` may hold at a time."""
 
     pad_rows = staticmethod(lanes.pad_rows)
     rms_norm = staticmethod(norm.rms_norm)
@@ -109,8 +111,8 @@ class ReferenceOps:
         """A weight in the form that `product` takes; None: this set multiplies plain weights."""
         return None
 
-    def product(self, x_RK: Tensor, weight: Any) -> Tensor:
-        """x W^T of a packed weight, fp32."""
+    def product(self, x_RK: Tensor, weight: Any, out_RN: Tensor | None = None) -> Tensor:
+        """x W^T of a packed weight, fp32; into `out_RN`, whose rows may lie apart, if given."""
         raise NotImplementedError("this set of ops packs no weights")
 
     def stack_experts(self, experts: Sequence[Any], shared: Any, *, first: int, unit: int) -> Any:

@@ -24,7 +24,7 @@ from model.codec import RowCodec
 from model.layers.compressor import Compressor
 from model.layers.indexer import Indexer
 from model.layout import EVIDENCE_PAIRS
-from model.linear import Linear
+from model.linear import Linear, side_by_side
 from model.ranks.communicator import Communicator
 from model.rows import Rows, Span
 
@@ -214,8 +214,7 @@ class Attention:
                 :, group
             ]
         parts = heads.reshape(heads.shape[0], len(w.wo_a), -1).unbind(1)
-        low = torch.cat([wo(x.contiguous()) for wo, x in zip(w.wo_a, parts, strict=True)], 1)
-        (low,) = comm.join_plane(low)
+        (low,) = comm.join_plane(side_by_side(w.wo_a, parts))
         (y,) = comm.join_plane(w.wo_b(low))
         return y
 

@@ -97,4 +97,5 @@ class Block:
         ops = self._ops
         streams_RSD = ops.leave(streams_RSD, self._attn_hc, mixed, y_RD)
         x, mixed = ops.enter(streams_RSD, self._ffn_hc, self._ffn_norm_D)
-        return ops.leave(streams_RSD, self._ffn_hc, mixed, self._moe(x, tokens_R))
+        # Of these streams nobody else knows: memory that is warm, where new pages would not be.
+        return ops.leave(streams_RSD, self._ffn_hc, mixed, self._moe(x, tokens_R), in_place=True)

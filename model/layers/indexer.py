@@ -22,7 +22,6 @@ from model.rows import Rows, Span
 
 CosSin = tuple[Tensor, Tensor]
 _MOST_SCORES = 1 << 20
-_MOST_PRODUCTS = 1 << 18
 
 
 class Indexer:
@@ -82,7 +81,8 @@ class Indexer:
         row, end = span.row, span.row + span.count
         while row < end:
             keys = max(round_up(int(visible[end - 1]), KEY_TILE), KEY_TILE)
-            room = min(_MOST_SCORES // keys, _MOST_PRODUCTS // (KEY_TILE * self._heads))
+            products = self._ops.most_index_products
+            room = min(_MOST_SCORES // keys, products // (KEY_TILE * self._heads))
             tile = max(room // ROW_MULTIPLE * ROW_MULTIPLE, ROW_MULTIPLE)
             part = slice(row, min(row + tile, end))
             seen = visible[part]

@@ -48,16 +48,19 @@ INLINE float collapse(const float *x, const float *pre, int64_t d, float *out) {
 PUBLIC int ps_enter(const float *streams, int64_t rows, int64_t d, const void *fn,
                     const float *scale, const float *base, const float *norm, float norm_eps,
                     float eps, int64_t iters, float *x, float *post, float *comb) {
-    enum { MIX = S * (S + 2), PAD = 32 };
-    float *mixed = ps_scratch(0, rows * PAD);
+    /* A block's streams are read three times: they should stay in the second cache. */
+    enum { MIX = S * (S + 2), PAD = 32, ROWS = 48 };
+    float *mixed = ps_scratch(0, ROWS * PAD);
     if (!mixed) return -1;
-    ps_tile_product(streams, S * d, rows, fn, 0, S * d, MIX, mixed, PAD);
     for (int64_t first = 0; first < rows; first += SIDE) {
         int64_t end = first + SIDE < rows ? first + SIDE : rows;
+        int64_t block = first + ROWS < rows ? ROWS : rows - first;
+        if (first % ROWS == 0)
+            ps_tile_product(streams + first * S * d, S * d, block, fn, 0, S * d, MIX, mixed, PAD);
         v16 c[SIDE] = {};
         for (int64_t r = first; r < end; r++) {
             const float *row = streams + r * S * d;
-            float *m = mixed + r * PAD;
+            float *m = mixed + r % ROWS * PAD;
             float inverse = 1.0f / __builtin_sqrtf(mean_square(row, S * d) + norm_eps);
             for (int i = 0; i < MIX; i++)
                 m[i] = m[i] * inverse * scale[i < S ? 0 : i < 2 * S ? 1 : 2] + base[i];

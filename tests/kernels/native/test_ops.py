@@ -60,10 +60,10 @@ def hyper(seed: int, width: int) -> HyperWeights:
 
 
 @settings(max_examples=25, deadline=None)
-@given(rows=st.integers(1, 40), width=st.sampled_from([16, 48, 128]), seed=SEEDS)
+@given(rows=st.integers(1, 112), width=st.sampled_from([16, 48, 128]), seed=SEEDS)
 def test_t7_hyper_connections(rows: int, width: int, seed: int) -> None:
     gates, norm = hyper(seed, width), 1 + normal(seed + 3, width, scale=0.1)
-    streams, y = normal(seed + 4, 48, 4, width), normal(seed + 5, 48, width)
+    streams, y = normal(seed + 4, 112, 4, width), normal(seed + 5, 112, width)
     packed = NATIVE.prepare_mhc(gates)
     x, mixed = NATIVE.enter(streams[:rows], packed, norm)
     wanted, their = REFERENCE.enter(streams, gates, norm)
@@ -74,6 +74,9 @@ def test_t7_hyper_connections(rows: int, width: int, seed: int) -> None:
     assert torch.equal(alone[0], x[-1])
     last = NATIVE.leave(streams[rows - 1 : rows], packed, its, y[rows - 1 : rows])
     assert torch.equal(last[0], out[-1])
+    over = streams[:rows].clone()
+    again = NATIVE.leave(over, packed, mixed, y[:rows], in_place=True)
+    assert again.data_ptr() == over.data_ptr() and torch.equal(again, out)
 
 
 @settings(max_examples=40, deadline=None)
