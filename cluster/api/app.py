@@ -89,6 +89,7 @@ def _surroundings(state: ApiState) -> Surroundings:
         limiter=state.limiter,
         authenticator=state.authenticator,
         front=state.config,
+        telemetry=state.telemetry,
     )
 
 

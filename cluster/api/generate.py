@@ -174,7 +174,10 @@ def _plan(
             top_logprobs=body.asked_logprobs,
         ),
         meter=state.telemetry.request(
-            kind.endpoint, started_s, max_tokens=choices[0].request.stop.max_tokens
+            kind.endpoint,
+            started_s,
+            max_tokens=choices[0].request.stop.max_tokens,
+            choices=len(choices),
         ),
         stream=bool(body.stream),
         keep_alive_s=state.config.keep_alive_s,

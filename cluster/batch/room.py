@@ -85,7 +85,9 @@ class BatchRoom:
         )
         lines = LineWork(self.journal, self._inside, places)
         work = {DOCUMENTS: documents.run, LINES: lines.run}
-        self._runner = Runner(self.journal, self.around.service, work, config)
+        self._runner = Runner(
+            self.journal, self.around.service, work, config, self.around.telemetry
+        )
         if config.grpc_port is not None:
             service = BatchService(
                 self.journal, config, sources, self.around, self.poke, self.cancelled

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 from cluster.batch.ask import failure
@@ -15,6 +15,8 @@ from cluster.batch.documents import PERMANENT, Held
 from cluster.contracts import Service
 from kvstore.journal.contracts import Claim, Item, ItemStatus, Journal, Tokens
 from penstock.errors import LeaseLostError, OverloadedError, PenstockError, UnavailableError
+from penstock.telemetry import Telemetry, request_scope
+from penstock.telemetry import catalog as M
 
 _log = logging.getLogger(__name__)
 _IDLE_S = 1.0
@@ -37,12 +39,15 @@ class Runner:
         service: Service,
         work: Mapping[str, Work],
         config: BatchSection,
+        telemetry: Telemetry,
     ) -> None:
         """`work`: what runs a claim, by the kind of its job."""
         self._journal = journal
         self._service = service
         self._work = work
         self._config = config
+        self._telemetry = telemetry
+        telemetry.meters.read(M.BATCH_RUNNING, lambda: len(self.running))
         self._owner = f"front-{secrets.token_hex(8)}"
         self._poked = asyncio.Event()
         # Of all free places one looks for work; the others wait for their turn.
@@ -82,7 +87,8 @@ class Runner:
                     if claim is None:
                         await self._rest()
                 if claim is not None:
-                    await self._run(claim)
+                    with self._watched(claim):
+                        await self._run(claim)
             except PenstockError as error:
                 _log.warning("batch jobs pause: %s", error.message)
                 await asyncio.sleep(_IDLE_S)
@@ -90,6 +96,17 @@ class Runner:
                 # The boundary: one bad claim must not end the service of all.
                 _log.exception("a batch claim failed in an unexpected way")
                 await asyncio.sleep(_IDLE_S)
+
+    @contextlib.contextmanager
+    def _watched(self, claim: Claim) -> Iterator[None]:
+        """Log lines and a trace of this piece of a job, also in the workers."""
+        place = f"{claim.job.id}/{claim.group}"
+        tracer = self._telemetry.tracer
+        with (
+            request_scope(place),
+            tracer.entry("batch claim", (), may_begin=True, penstock__request_id=place),
+        ):
+            yield
 
     async def _claim(self) -> Claim | None:
         # While nothing could be answered, claims would only use up a document's tries.
@@ -183,11 +200,19 @@ class Runner:
         for attempt in range(_COMMIT_TRIES):
             try:
                 await self._journal.commit(claim, item.number, status, result, tokens)
+                self._count(status, tokens)
                 return
             except UnavailableError:
                 if attempt == _COMMIT_TRIES - 1:
                     raise
                 await asyncio.sleep(min(0.1 * 2**attempt, 2.0))
+
+    def _count(self, status: ItemStatus, tokens: Tokens) -> None:
+        meters = self._telemetry.meters
+        meters.add(M.BATCH_ITEMS, outcome=status)
+        meters.add(M.BATCH_TOKENS, tokens.prompt - tokens.cached, kind="computed")
+        meters.add(M.BATCH_TOKENS, tokens.cached, kind="cached")
+        meters.add(M.BATCH_TOKENS, tokens.completion, kind="completion")
 
     async def _failed(self, held: Held, error: PenstockError) -> None:
         claim = held.claim
@@ -198,6 +223,7 @@ class Runner:
             )
             await self._give_up(claim, told)
             return
+        self._telemetry.meters.add(M.BATCH_RETRIES)
         delay_s = min(_FIRST_DELAY_S * 2 ** min(claim.claims - 1, 10), _LONGEST_DELAY_S)
         if error.retry_after_s is not None:
             delay_s = max(delay_s, min(error.retry_after_s, 60.0))

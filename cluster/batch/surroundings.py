@@ -12,6 +12,7 @@ from cluster.batch.spec import caller_of
 from cluster.config import FrontSection
 from cluster.contracts import Service
 from penstock.chat import ChatEncoder
+from penstock.telemetry import Telemetry
 
 T = TypeVar("T")
 
@@ -34,6 +35,7 @@ class Surroundings:
     limiter: Limiter
     authenticator: Authenticator
     front: FrontSection
+    telemetry: Telemetry
 
     def admit(self, tenant: str, facts: dict[str, Any]) -> Admission:
         """Counts a job's request for its key. Raises RateLimitError."""

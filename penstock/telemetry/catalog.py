@@ -169,6 +169,14 @@ REQUEST_MAX_TOKENS = Metric(
     buckets=buckets.TOKENS,
     vllm="request_params_max_tokens",
 )
+REQUEST_N = Metric(
+    "request_params_n",
+    "histogram",
+    _FRONT,
+    "Choices that each answered request asked for, of all its prompts",
+    buckets=(1.0, 2.0, 5.0, 10.0, 20.0),
+    vllm="request_params_n",
+)
 PROMPT_TOKENS = Metric(
     "prompt_tokens_total",
     "counter",
@@ -213,6 +221,36 @@ SCRAPE_FAILURES = Metric(
     _FRONT,
     "Workers and stores that did not tell their metrics in time",
     still="all processes answer",
+)
+
+# Front: batch jobs
+
+BATCH_RUNNING = Metric(
+    "batch_claims_running",
+    "gauge",
+    _FRONT,
+    "Pieces of batch jobs in work in this front: a document with its questions, or one line",
+)
+BATCH_ITEMS = Metric(
+    "batch_items_total",
+    "counter",
+    _FRONT,
+    "Results of batch jobs that this front committed: answers, and questions given up",
+    (Label("outcome", ("succeeded", "failed")),),
+)
+BATCH_TOKENS = Metric(
+    "batch_tokens_total",
+    "counter",
+    _FRONT,
+    "Tokens of those results: of prompts `computed` and `cached`, of answers `completion`",
+    (Label("kind", ("computed", "cached", "completion")),),
+)
+BATCH_RETRIES = Metric(
+    "batch_retries_total",
+    "counter",
+    _FRONT,
+    "Pieces of batch jobs given back to be tried again",
+    still="nothing fails",
 )
 
 # Workers of both roles

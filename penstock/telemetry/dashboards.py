@@ -162,6 +162,20 @@ OVERVIEW = Dashboard(
                     quantiles("request_generation_tokens"),
                 ),
                 Panel(
+                    "Batch jobs",
+                    "Results in a second, and pieces of jobs that are tried again.",
+                    (
+                        (rate("batch_items_total", "outcome"), "{{outcome}}"),
+                        (rate("batch_retries_total"), "tried again"),
+                    ),
+                    "ops",
+                ),
+                Panel(
+                    "Tokens of batch jobs",
+                    "In a second.",
+                    ((rate("batch_tokens_total", "kind"), "{{kind}}"),),
+                ),
+                Panel(
                     "Prompt tokens from the cache",
                     "Restored, not computed.",
                     (

@@ -29,12 +29,17 @@ class Telemetry:
         self.meters.read(M.REQUESTS_RUNNING, lambda: self._running)
 
     def request(
-        self, endpoint: str, started_s: float | None = None, *, max_tokens: int | None = None
+        self,
+        endpoint: str,
+        started_s: float | None = None,
+        *,
+        max_tokens: int | None = None,
+        choices: int = 1,
     ) -> RequestMeter:
         """Starts to measure one request; `started_s` is its arrival by `time.monotonic`."""
         self._running += 1
         started_s = time.monotonic() if started_s is None else started_s
-        return RequestMeter(self, endpoint, started_s, max_tokens)
+        return RequestMeter(self, endpoint, started_s, max_tokens, choices)
 
     def responded(self, route: str, status: int) -> None:
         """An HTTP response has ended; `route` is a pattern, never a path that a client sent."""
@@ -57,11 +62,17 @@ class RequestMeter:
     """Measures one request; `end` counts once, whatever is called after it."""
 
     def __init__(
-        self, telemetry: Telemetry, endpoint: str, started_s: float, max_tokens: int | None
+        self,
+        telemetry: Telemetry,
+        endpoint: str,
+        started_s: float,
+        max_tokens: int | None,
+        choices: int,
     ) -> None:
         self._telemetry = telemetry
         self._endpoint = endpoint
         self._max_tokens = max_tokens
+        self._choices = choices
         self.started_s = started_s
         self.first_s: float | None = None
         self._last_s = started_s
@@ -109,6 +120,7 @@ class RequestMeter:
         )
         meters.observe(M.REQUEST_PROMPT_TOKENS, usage.prompt_tokens)
         meters.observe(M.REQUEST_GENERATION_TOKENS, usage.completion_tokens)
+        meters.observe(M.REQUEST_N, self._choices)
         if self._max_tokens is not None:
             meters.observe(M.REQUEST_MAX_TOKENS, self._max_tokens)
         meters.add(M.PROMPT_TOKENS, usage.prompt_tokens)

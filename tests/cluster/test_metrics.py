@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.launchers.common import free_port
+from penstock.client import BatchClient, Document, JobOptions
 from penstock.telemetry.catalog import CATALOG
 from penstock.telemetry.metric import PREFIX
 from protos.penstock.kv.v1 import kv_pb2, kv_pb2_grpc
@@ -59,7 +60,7 @@ class Watcher:
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[Cluster]:
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     port = free_port()
     with cluster(
         "fake",
@@ -70,6 +71,8 @@ def running() -> Iterator[Cluster]:
         decode__max_running=2,
         kvstore__memory_bytes=_MEMORY_BYTES,
         telemetry__metrics_port=port,
+        batch__grpc_port=free_port(),
+        batch__journal_url=f"sqlite:///{tmp_path_factory.mktemp('journal')}/jobs.db",
     ) as started:
         yield started
 
@@ -97,6 +100,15 @@ def traffic(c: Cluster) -> None:
     assert c.client.get("/nowhere").status_code == 404
 
 
+def jobs(c: Cluster) -> None:
+    """A batch job of two documents."""
+    with BatchClient(f"127.0.0.1:{c.config.batch.grpc_port}") as client:
+        texts = ["one " * 100, "two " * 100]
+        documents = [Document.from_text(text, ["first?", "second?"]) for text in texts]
+        job = client.submit(documents, JobOptions(max_tokens=4))
+        assert len(list(client.results(job.id, wait=True))) == 4
+
+
 def strange_reader(c: Cluster) -> None:
     """Holds an object open for writing and asks for one that nobody has."""
     begin = kv_pb2.PutBegin(id=b"x" * 32, kind=1, size_bytes=100, owner="me", lease_ttl_ms=1000)
@@ -121,6 +133,7 @@ def strange_reader(c: Cluster) -> None:
 def test_every_metric_moves_or_says_why_it_cannot(running: Cluster) -> None:
     with Watcher(f"{running.url}/metrics") as watcher:
         traffic(running)
+        jobs(running)
         strange_reader(running)
         watcher.look()
     highest = watcher.highest
@@ -160,6 +173,7 @@ def test_figures_of_different_processes_agree(running: Cluster) -> None:
         grew("worker_prefill_computed_tokens_total"),
     )
     assert missed == computed == 2000 - cached
+    assert grew("request_params_n_sum") == 2
     assert grew("request_success_total") == grew("e2e_request_latency_seconds_count") == 2
 
 

@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra otel is missing")
 
+from cluster.launchers.common import free_port
+from penstock.client import BatchClient, Document, JobOptions
 from tests.cluster.harness import Cluster, cluster
 from tests.penstock.telemetry.collector import Collector, Received
 
@@ -41,8 +43,13 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="module")
-def traced(collector: Collector) -> Iterator[Cluster]:
-    with cluster("fake", telemetry__otlp_endpoint=collector.endpoint) as running:
+def traced(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(
+        "fake",
+        telemetry__otlp_endpoint=collector.endpoint,
+        batch__grpc_port=free_port(),
+        batch__journal_url=f"sqlite:///{tmp_path_factory.mktemp('journal')}/jobs.db",
+    ) as running:
         yield running
 
 
@@ -142,6 +149,20 @@ def test_what_a_client_sends_as_a_trace_can_do_no_harm(traced: Cluster) -> None:
             headers={"traceparent": header, "tracestate": "a=" + "b" * 600},
         )
         assert answer.status_code == 200
+
+
+def test_a_document_of_a_batch_job_is_a_tree_too(traced: Cluster, collector: Collector) -> None:
+    with BatchClient(f"127.0.0.1:{traced.config.batch.grpc_port}") as client:
+        document = Document.from_text("side by side " * 60, ["first?", "second?"])
+        job = client.submit([document], JobOptions(max_tokens=4))
+        assert len(list(client.results(job.id, wait=True))) == 2
+
+    def names() -> list[str]:
+        (root,) = [s for s in collector.spans if s.name == "batch claim"] or [None]
+        return [s.name for s in collector.of_trace(root.trace_id)] if root else []
+
+    collector.wait_for(lambda _: names().count("Decode/Generate") == 2)
+    assert names().count("Prefill/Run") == 2
 
 
 def test_no_text_of_prompt_or_answer_is_sent(traced: Cluster, collector: Collector) -> None:
