@@ -1,11 +1,13 @@
 // The Cluster view: a picture of GET /cluster, once a second while somebody looks at it.
 
 import { getJson } from "./api.js";
-import { byId, bytes, count, make, makeSvg, percent, setText } from "./dom.js";
+import { Charts, Tiles } from "./charts.js";
+import { byId, bytes, count, make, percent, setText } from "./dom.js";
 
 const EVERY_MS = 1000;
 const SLOWEST_MS = 8000;
-const HISTORY = 90;
+// Workers report once a second: rates over less would jump.
+const RATE_OVER_S = 3;
 
 export class ClusterView {
   constructor({ onPicture, onRefused }) {
@@ -14,9 +16,10 @@ export class ClusterView {
     this.watching = false;
     this.timer = null;
     this.wait = EVERY_MS;
-    this.before = null;
+    this.pictures = [];
     this.cards = new Map();
     this.tiles = new Tiles(byId("tiles"));
+    this.charts = new Charts(byId("charts"));
     document.addEventListener("visibilitychange", () => this.watch(this.watching));
   }
 
@@ -52,6 +55,7 @@ export class ClusterView {
     const { pools, store, front } = picture;
     const rates = this.#rates(picture);
     this.tiles.draw(picture, rates);
+    this.charts.draw(rates);
     this.#front(front);
     this.#pool(picture, "prefill", byId("prefill-body"), (w) => [
       ["computed", count(w.computed_tokens ?? 0)],
@@ -62,6 +66,7 @@ export class ClusterView {
       ["fetched", count(w.fetched_tokens ?? 0)],
     ]);
     this.#store(store, rates);
+    byId("pipe-front").classList.toggle("flowing", front.streams > 0);
     byId("pipe-in").classList.toggle("flowing", rates.bytesIn > 0);
     byId("pipe-out").classList.toggle("flowing", rates.bytesOut > 0);
     const tail = picture.workers_left_out ? `, ${picture.workers_left_out} workers not shown` : "";
@@ -77,24 +82,22 @@ export class ClusterView {
   #rates(picture) {
     const now = {
       at: picture.at,
+      cached: picture.pools.prefill.cached_tokens,
       computed: picture.pools.prefill.computed_tokens,
       generated: picture.pools.decode.generated_tokens,
       bytesIn: picture.store?.bytes_in ?? 0,
       bytesOut: picture.store?.bytes_out ?? 0,
     };
-    const before = this.before ?? now;
-    // The server takes two pictures a second at most: the same one twice has no rate.
-    if (now.at > before.at || !this.before) this.before = now;
+    // The server takes two pictures a second at most: the same one twice is one.
+    if (this.pictures.at(-1)?.at !== now.at) this.pictures.push(now);
+    while (this.pictures.length > 2 && this.pictures[1].at <= now.at - RATE_OVER_S) {
+      this.pictures.shift();
+    }
+    const [before] = this.pictures;
     const span = now.at - before.at;
-    if (span <= 0) return this.rates ?? { computed: 0, generated: 0, bytesIn: 0, bytesOut: 0 };
-    const rate = (name) => Math.max(0, now[name] - before[name]) / span;
-    this.rates = {
-      computed: rate("computed"),
-      generated: rate("generated"),
-      bytesIn: rate("bytesIn"),
-      bytesOut: rate("bytesOut"),
-    };
-    return this.rates;
+    const rate = (name) => (span > 0 ? Math.max(0, now[name] - before[name]) / span : 0);
+    const names = ["cached", "computed", "generated", "bytesIn", "bytesOut"];
+    return Object.fromEntries(names.map((name) => [name, rate(name)]));
   }
 
   #front(front) {
@@ -241,63 +244,5 @@ class Tank {
     this.element.setAttribute("aria-valuenow", tier.used_bytes);
     this.element.setAttribute("aria-valuetext", `${text}, ${percent(share)}`);
     setText(this.text, text);
-  }
-}
-
-class Tiles {
-  constructor(root) {
-    this.tiles = {};
-    const kinds = [
-      ["hits", "Prefix hit rate", "of all prompt tokens since the workers started"],
-      ["computed", "Prefill", "prompt tokens computed a second"],
-      ["generated", "Decode", "tokens generated a second"],
-      ["running", "Running", "requests in both pools"],
-      ["queued", "Queued", "requests that wait for a worker"],
-    ];
-    for (const [key, title, meaning] of kinds) {
-      const value = make("p", { class: "tile-value" }, "-");
-      const line = makeSvg("polyline", { class: "spark-line", points: "" });
-      const area = makeSvg("polygon", { class: "spark-area", points: "" });
-      const spark = makeSvg(
-        "svg",
-        { class: "spark", viewBox: "0 0 100 28", preserveAspectRatio: "none", "aria-hidden": "true" },
-        area,
-        line,
-      );
-      const tile = make(
-        "section",
-        { class: "tile", "aria-label": title },
-        make("h2", {}, title),
-        value,
-        make("p", { class: "tile-meaning" }, meaning),
-      );
-      tile.append(spark);
-      root.append(tile);
-      this.tiles[key] = { value, line, area, history: [] };
-    }
-  }
-
-  draw({ pools, prefix_cache: cache }, rates) {
-    const both = (name) => pools.prefill[name] + pools.decode[name];
-    this.#set("hits", cache.hit_rate ?? 0, percent(cache.hit_rate), 1);
-    this.#set("computed", rates.computed, count(rates.computed));
-    this.#set("generated", rates.generated, count(rates.generated));
-    this.#set("running", both("running"), count(both("running")));
-    this.#set("queued", both("queued"), count(both("queued")));
-  }
-
-  #set(key, value, text, most = null) {
-    const tile = this.tiles[key];
-    setText(tile.value, text);
-    tile.history.push(value);
-    if (tile.history.length > HISTORY) tile.history.shift();
-    const top = most ?? Math.max(1, ...tile.history);
-    const points = tile.history.map((each, at) => {
-      const x = 100 - ((tile.history.length - 1 - at) * 100) / (HISTORY - 1);
-      return `${x.toFixed(2)},${(27 - (each / top) * 25).toFixed(2)}`;
-    });
-    const first = points[0].split(",")[0];
-    tile.line.setAttribute("points", points.join(" "));
-    tile.area.setAttribute("points", `${first},28 ${points.join(" ")} 100,28`);
   }
 }

@@ -274,6 +274,8 @@ def test_the_cluster_view_is_live_and_asks_only_while_it_is_watched(
     assert page.locator(".worker h3").all_inner_texts() == ["Answers", "prefill-0", "decode-0"]
     page.wait_for_timeout(2500)
     assert 2 <= len(asked) <= 6
+    points = page.locator(".area-generated").get_attribute("points") or ""
+    assert len(points.split()) >= 4 and "NaN" not in points
     service.opened += 3
     page.wait_for_selector(".worker:has-text('3 running')")
     assert page.locator("#tiles .tile-value").nth(3).inner_text() == "6"
