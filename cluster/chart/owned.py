@@ -43,6 +43,8 @@ OWNED: Mapping[str, Owned] = {
     "tls.key": _by("tls.existingSecret"),
     "tls.cluster_token": Owned("", "from a file"),
     "tls.cluster_token_file": _by("tls.tokenSecret"),
+    "telemetry.metrics_host": Owned("", "no exporter of a process's own: see metrics_port"),
+    "telemetry.metrics_port": Owned("", "each front's /metrics has those of all, for the chart"),
     "batch.grpc_port": Owned("", "the chart has no Service for it; batches come by /v1/batches"),
     "launcher.kind": Owned("", "KubeRay deploys"),
     "launcher.ray_address": Owned("", "KubeRay deploys"),

@@ -8,6 +8,10 @@ from cluster.chart.owned import OWNED
 from cluster.chart.values import Values
 from cluster.config import ClusterConfig
 
+_URLS = frozenset({"batch.journal_url"})
+"""Without user and password: these values end up in plain sight. A URL with them belongs into a
+Secret and from there into `front.extraEnv`.
+"""
 # What Helm's own validator knows; pydantic writes nothing newer than it.
 _DIALECT = "http://json-schema.org/draft-07/schema#"
 
@@ -40,6 +44,8 @@ def _section(name: str, definitions: dict[str, Any]) -> dict[str, Any]:
         for field, prop in schema["properties"].items()
         if f"{name}.{field}" not in OWNED
     }
+    for field in _URLS & {f"{name}.{field}" for field in properties}:
+        properties[field.partition(".")[2]] = {"type": "string", "pattern": "^[^@]*$"}
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 

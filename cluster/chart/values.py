@@ -243,6 +243,7 @@ class Values(Block):
     image: Image
     model: Model
     parallel: dict[str, Any] = product("parallel")
+    telemetry: dict[str, Any] = product("telemetry")
     batch: dict[str, Any] = product("batch")
     head: Head
     prefill: PrefillPool

@@ -10,6 +10,9 @@ from tests.helm import chart
 
 # What is wrong -> what helm's validator says of it, up to its reason.
 WRONG = {
+    'batch.journal_url="redis://user:password@x:6379"': "batch.journal_url",
+    'telemetry.log_level="loud"': "telemetry.log_level",
+    "telemetry.metrics_port=9": "telemetry: Additional property metrics_port",
     "prefil={}": "(root): Additional property prefil",
     'image.repository=""': "image.repository",
     'image.tag="a b"': "image.tag",

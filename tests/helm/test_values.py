@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,7 +31,7 @@ _SHAPED: Mapping[str, str] = {
     "egressTo": '[{"to": [{"podSelector": {"matchLabels": {"a": "X"}}}]}]',
 }
 # Sections that stand in values.yaml as they are, without a `config`.
-_PLAIN = ("parallel", "batch")
+_PLAIN = ("parallel", "telemetry", "batch")
 _CONTEXTS: tuple[dict[str, Any], ...] = (
     {
         "model.device": "cuda",
@@ -235,6 +236,16 @@ def test_what_the_chart_owns_names_a_value_that_is_there() -> None:
         assert not owned.value or owned.value in there, name
 
 
+def _options_of(annotation: Any) -> list[str]:
+    """What an enumeration or a Literal allows, also inside a union."""
+    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+        return [each.value for each in annotation]
+    found: list[str] = []
+    for each in get_args(annotation):
+        found += [each] if isinstance(each, str) else _options_of(each)
+    return found
+
+
 def another(name: str, field: Any) -> Any:
     """A value that is allowed and not the default."""
     fixed = {
@@ -244,11 +255,13 @@ def another(name: str, field: Any) -> Any:
         "model.fake_draft_accuracy": 0.5,
         "model.max_model_len": 4096,
         "batch.sources": ["file:///data/"],
+        "telemetry.otlp_endpoint": "http://collector:4318",
+        "telemetry.trace_ratio": 0.5,
     }
     if name in fixed:
         return fixed[name]
     default = field.default
-    choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
+    choices = _options_of(field.annotation)
     if choices:
         return next(c for c in choices if c != default)
     if isinstance(default, bool):
@@ -280,7 +293,8 @@ def test_every_setting_under_a_config_reaches_the_product(tmp_path: Path) -> Non
         resolved = resolve(settings=settings, env={})
         for setting in resolved.settings():
             if setting.origin != "default":
-                got[setting.name] = setting.value
+                value = setting.value
+                got[setting.name] = list(value) if isinstance(value, tuple) else value
     missing = {n: (v, got.get(n)) for n, v in wanted.items() if got.get(n) != v}
     print(f"{len(wanted)} settings carried")
     assert missing == {}
