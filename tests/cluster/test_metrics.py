@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import re
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.launchers.common import free_port
+from penstock.blocks import BLOCK_TOKENS
 from penstock.client import BatchClient, Document, JobOptions
+from penstock.errors import UnavailableError
 from penstock.telemetry.catalog import CATALOG
 from penstock.telemetry.metric import PREFIX
 from protos.penstock.kv.v1 import kv_pb2, kv_pb2_grpc
@@ -187,15 +192,48 @@ def test_one_front_alone_and_a_port_of_its_own(running: Cluster) -> None:
     assert own.startswith("# HELP penstock_")
 
 
-def test_neither_a_lost_store_nor_a_lost_collector_hides_the_front() -> None:
-    flags = {}
+def test_what_a_killed_prefill_worker_and_a_lost_store_cost_is_told() -> None:
+    flags: dict[str, Any] = {}
     if importlib.util.find_spec("opentelemetry.exporter") is not None:
+        # A collector that nobody listens at is lost from the beginning.
         flags["telemetry__otlp_endpoint"] = "http://127.0.0.1:9"
-    with cluster("fake", **flags) as c:
-        assert c.complete(prompt(1, 10), max_tokens=2, ignore_eos=True).completion_tokens == 2
-        c.launcher.store.kill()  # type: ignore[attr-defined]
+    speed, chunk, long = 3000.0, 512, prompt(1, 6000)
+    with cluster(
+        "fake", model__fake_prefill_tokens_per_s=speed, prefill__chunk_tokens=chunk, **flags
+    ) as c:
+        restarting = threading.Thread(target=_restart_what_dies, args=(c,), daemon=True)
+        restarting.start()
+        launcher: Any = c.launcher
+        body = {"model": "fake", "prompt": long, "max_tokens": 2}
+        with ThreadPoolExecutor(1) as pool:
+            lost = pool.submit(c.client.post, "/v1/completions", json=body)
+            time.sleep(1.0)
+            launcher.workers["prefill-0"].kill()
+            assert lost.result().status_code == 503
+        until = time.monotonic() + 30
+        while (again := c.client.post("/v1/completions", json=body)).status_code != 200:
+            assert time.monotonic() < until, again.text
+            time.sleep(0.1)
+        text = c.client.get("/metrics").text
+        told = read(f"{c.url}/metrics")
+        kept = again.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+        # The new worker counts from 0, so these are the second try's own figures.
+        assert told["penstock_worker_prefill_computed_tokens_total"] == len(long) - kept
+        cost = told["penstock_worker_prefill_recomputed_tokens_total"]
+        no_state = re.search(r'missed_tokens_total{reason="no_state",[^}]*} (\S+)', text)
+        assert cost >= 2 * chunk and cost % BLOCK_TOKENS == 0
+        assert no_state and float(no_state[1]) == cost, "and the reason is told"
+        assert told["penstock_request_failures_total"] >= 1
+        print(f"killed after 1 s: {cost:.0f} of {len(long)} tokens computed twice, {kept} kept")
+
+        launcher.store.kill()
         text = c.client.get("/metrics").text
     assert 'penstock_requests_total{endpoint="completions",outcome="length"} 1.0' in text
     assert "penstock_store_objects" not in text
     failures = next(x for x in text.splitlines() if x.startswith("penstock_scrape_failures_total"))
     assert "penstock_workers_unreachable 1.0" in text or not failures.endswith(" 0.0")
+
+
+def _restart_what_dies(c: Cluster) -> None:
+    with contextlib.suppress(UnavailableError):
+        c.launcher.wait()
