@@ -4,8 +4,8 @@
 
 `penstock serve ledger` as a user starts it. One job runs undisturbed. Then the same documents run
 again under another cache salt, so that nothing of the first run helps, while the front, a prefill
-worker, a decode worker and the client (`penstock batch results`) are killed with SIGKILL. The
-client goes on from the last cursor that it had written.
+worker, a decode worker and the client (`penstock batch results`) are killed with SIGKILL, and the
+index in Redis is flushed. The client goes on from the last cursor that it had written.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from cluster.launchers.common import free_port
 from penstock.client import BatchClient, Document, Job, JobOptions, Question
 from penstock.tokenizer import open_tokenizer
 from tests.cluster.breakage import Served, serving, wait_for
+from tests.kvstore.redis_server import running_redis
 from training.documents import make_document, make_questions
 
 QUESTIONS = 4
@@ -231,7 +232,13 @@ def prove(
     flags = ("--launcher", "local", "--grpc-port", str(port))
     flags += ("--journal-url", f"sqlite:///{folder}/journal.db")
     with (
-        serving(*flags, model="ledger", PENSTOCK_BATCH__LEASE_S=str(lease_s)) as served,
+        running_redis() as redis,
+        serving(
+            *flags,
+            *("--redis-url", redis.url),
+            model="ledger",
+            PENSTOCK_BATCH__LEASE_S=str(lease_s),
+        ) as served,
         BatchClient(target) as client,
     ):
         counted = Counted(served.url)
@@ -255,7 +262,10 @@ def prove(
             reach(client, job.id, share, timeout_s)
             (pid,) = pids_of(served, part)
             os.kill(pid, signal.SIGKILL)
-            kills.append(f"{part} at {share:.0%}")
+            kills.append(f"{part} killed at {share:.0%}")
+            if part == "cluster.front":
+                redis.command(b"FLUSHALL")
+                kills.append(f"index flushed at {share:.0%}")
             if part == "prefill":
                 loud.kill()
                 loud.start()

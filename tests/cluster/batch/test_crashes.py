@@ -20,7 +20,9 @@ CHUNK = 512
 MOST_UNCACHED_TOKENS = 128 + 64
 
 
-def test_front_workers_and_client_killed_on_the_way_change_no_answer(tmp_path: Path) -> None:
+def test_kills_of_front_workers_and_client_and_a_flushed_index_change_no_answer(
+    tmp_path: Path,
+) -> None:
     report = prove(
         tmp_path, documents=DOCUMENTS, tokens=TOKENS, lease_s=2.0, shares=(0.15, 0.4, 0.4)
     )
@@ -29,7 +31,7 @@ def test_front_workers_and_client_killed_on_the_way_change_no_answer(tmp_path: P
     wanted = DOCUMENTS * QUESTIONS
     for run in (quiet, loud):
         assert run.results == run.numbers == wanted, "each once"
-    assert report.same and len(report.kills) == 3 and report.client_restarts == 1
+    assert report.same and len(report.kills) == 4 and report.client_restarts == 1
     assert quiet.right >= 0.9 * wanted, "answers, not noise"
     # Undisturbed, the workers computed what the results say, each document once.
     assert quiet.computed_by_metric == quiet.computed_by_usage
