@@ -31,6 +31,8 @@ _OPEN_PATHS = frozenset(
 )
 _OPEN_PREFIX = "/page/"
 """The page's own files; what it shows comes from paths that ask for the key."""
+# Asked once a second by whoever watches, at a bounded cost: no quota and no trace is meant for it.
+_WATCHED = "/cluster"
 # What a key must be allowed to do, by the beginning of the path; elsewhere any valid key will do.
 _SCOPES: tuple[tuple[str, ApiScope], ...] = (
     ("/v1/chat/", "generate"),
@@ -106,7 +108,8 @@ class RequestScope:
 
     def _span(self, scope: Scope, request_id: str) -> AbstractContextManager[Span | None]:
         """Requests that make work are traced, probes and scrapes are not."""
-        begin = scope["path"] not in _OPEN_PATHS
+        path: str = scope["path"]
+        begin = not (path in _OPEN_PATHS or path == _WATCHED or path.startswith(_OPEN_PREFIX))
         return self._state.telemetry.tracer.entry(
             scope["method"],
             scope["headers"] if begin else (),
@@ -135,7 +138,7 @@ class RequestScope:
         for prefix, wanted in _SCOPES:
             if path.startswith(prefix):
                 caller.require(wanted)
-        return self._state.limiter.enter(caller)
+        return None if path == _WATCHED else self._state.limiter.enter(caller)
 
     def _count(self, scope: Scope, status: int, took_s: float) -> None:
         route = scope.get("route")

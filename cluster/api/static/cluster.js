@@ -43,7 +43,8 @@ export class ClusterView {
       this.wait = Math.min(SLOWEST_MS, this.wait * 2);
       setText(notice, `No picture of the cluster: ${error.message}. Trying again.`);
       notice.hidden = false;
-      if (error.status === 401) this.onRefused();
+      if (error.status === 401) this.onRefused("");
+      if (error.status === 403) this.onRefused(error.message);
     }
     if (this.watching && !document.hidden) {
       clearTimeout(this.timer);

@@ -8,7 +8,7 @@ import { byId, setText } from "./dom.js";
 let model = null;
 
 const ask = new Ask({ model: () => model, onRefused: () => askForKey("This key was refused.") });
-const cluster = new ClusterView({ onPicture: learn, onRefused: () => askForKey("") });
+const cluster = new ClusterView({ onPicture: learn, onRefused: (reason) => askForKey(reason) });
 
 function learn(picture) {
   const served = picture.model;
@@ -50,6 +50,7 @@ async function connect() {
     }
   } catch (error) {
     if (error.status === 401) askForKey(byId("key").value ? "This key was refused." : "");
+    else if (error.status === 403) askForKey(error.message);
     else {
       status("bad", "Unreachable");
       setTimeout(connect, 2000);

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import httpx
 from api_harness import Api, chat, make_api
 
+from cluster.auth.key_file import add_key
+from cluster.auth.keys import KeyLimits, new_key
 from cluster.contracts import WorkerView
 from penstock.errors import StoreUnavailableError
 
@@ -137,6 +140,30 @@ async def test_a_cluster_that_hangs_is_not_waited_for() -> None:
         async with asyncio.timeout(5):
             got = await picture(client)
     assert got["problems"] == ["the cluster did not answer within 3 s"]
+
+
+async def test_watching_takes_the_scope_read_and_nothing_of_a_keys_quota(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+
+    def key(scope: str) -> str:
+        limits = KeyLimits(requests_per_minute=2)
+        return add_key(
+            path, lambda taken: new_key(tenant="a", limits=limits, taken=taken, scopes=(scope,))
+        ).text
+
+    reader, writer = key("read"), key("generate")
+    api = make_api(api_keys_file=str(path))
+    async with api.client(authorization=f"Bearer {reader}") as client:
+        for _ in range(10):
+            await picture(client)
+        assert (await client.get("/v1/models")).status_code == 200
+        assert (await client.get("/v1/models")).status_code == 200
+        assert (await client.get("/v1/models")).status_code == 429
+        await picture(client)
+    async with api.client(authorization=f"Bearer {writer}") as client:
+        refused = await client.get("/cluster")
+    assert refused.status_code == 403
+    assert "scope 'read'" in refused.json()["error"]["message"]
 
 
 async def test_streams_are_counted_while_they_run(api: Api) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.auth.key_file import add_key
+from cluster.auth.keys import new_key
 from penstock.errors import OverloadedError, StoreUnavailableError
 from tests.cluster.page.conftest import Site, Tab, start_site
 
@@ -334,3 +337,19 @@ def test_axe_finds_nothing_against_wcag(site: Site, open_tab: Open, scheme: str)
         ]
     assert found == []
     tab.errors.clear()
+
+
+def test_a_key_that_may_not_read_the_cluster_is_told_what_it_lacks(
+    open_tab: Open, tmp_path: Path
+) -> None:
+    path = tmp_path / "keys.json"
+    made = add_key(path, lambda taken: new_key(tenant="a", taken=taken, scopes=("generate",)))
+    site = start_site(api_keys_file=str(path))
+    try:
+        page = open_tab(site).page
+        page.fill("#key", made.text)
+        page.press("#key", "Enter")
+        page.wait_for_selector("#key-hint:has-text(\"no scope 'read'\")")
+        assert page.locator("#key-bar").is_visible()
+    finally:
+        site.stop()
