@@ -98,9 +98,8 @@ def test_the_self_made_pair_is_one_that_the_product_takes(tmp_path: Path) -> Non
     secret = chart.one(chart.render(), "Secret", "-tls")
     for name, value in secret["data"].items():
         (tmp_path / name).write_bytes(base64.b64decode(value))
-    (tmp_path / "cluster-token").write_text(
-        chart.one(chart.render(), "Secret", "-generated")["stringData"]["cluster-token"]
-    )
+    token = chart.one(chart.render(), "Secret", "-generated")["data"]["cluster-token"]
+    (tmp_path / "cluster-token").write_bytes(base64.b64decode(token))
     told = chart.serve_config(chart.render())["applications"][0]["args"]["tls"]
     here = {k: v.replace("/etc/penstock/tls", str(tmp_path)) for k, v in told.items()}
     peers = Peers(**here)
