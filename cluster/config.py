@@ -313,7 +313,9 @@ def _from_file(file: Path | None) -> _Layer:
     try:
         content = yaml.safe_load(file.read_bytes())
     except OSError as error:
-        raise UsageError(f"cannot read the configuration {file}: {error.strerror}") from error
+        raise UsageError(
+            f"cannot read the configuration {file}: {error.strerror}; check the path after --config"
+        ) from error
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{file} is not valid YAML: {reason}") from error

@@ -110,10 +110,16 @@ async def start_server(
         address = _bind(server, config.listen, peers)
         running = StoreServer(node, index, server, address, exporter, tracer)
         await running.start()
-    except (UsageError, IndexUnavailableError):
+    except (UsageError, IndexUnavailableError) as error:
         await server.stop(None)
         await index.close()
-        raise
+        if isinstance(error, UsageError):
+            raise
+        # Later the node does without it; at the start a wrong address must not go unnoticed.
+        raise IndexUnavailableError(
+            f"{error.message}; start Redis there, correct --redis-url, or leave it out: then the "
+            "store keeps the index itself"
+        ) from error
     return running
 
 

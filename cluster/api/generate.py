@@ -268,7 +268,7 @@ def _max_tokens(
     if room < 1:
         raise ContextLengthError(
             f"the prompt has {prompt_tokens} tokens and the model's context is {context}; "
-            "shorten it",
+            f"shorten it by {prompt_tokens - context + 1} tokens or more",
             param=kind.param,
         )
     if asked is None:

@@ -55,9 +55,14 @@ def ask(
     try:
         content = document.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"cannot read the document {document}: {error.strerror}") from error
+        raise UsageError(
+            f"cannot read the document {document}: {error.strerror}; check the path after "
+            "--document"
+        ) from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"the document {document} is not UTF-8 text") from error
+        raise UsageError(
+            f"the document {document} is not UTF-8 text; convert it (`iconv -t utf-8`) first"
+        ) from error
     import httpx
 
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -112,8 +117,8 @@ def _served_name(client: httpx.Client) -> str:
         answer.read()
     except (httpx.TransportError, httpx.InvalidURL) as error:
         raise UnavailableError(
-            f"no server answers at {client.base_url}: {error}; start one with `penstock serve` or "
-            "use --model"
+            f"no server answers at {client.base_url}: {str(error).rstrip('.')}; start one with "
+            "`penstock serve` or use --model"
         ) from error
     _check(answer)
     try:
