@@ -21,6 +21,7 @@ from torch import Tensor
 from kernels.device import ReferenceDeviceOps
 from kernels.reference.pages import KvPages
 from kernels.reference.sparse_attention import CHUNK
+from model.config import CSA_RATIO
 from model.device.indexer import Indexer
 from model.device.pools import Geometry, LayerPool
 from model.device.rows import Rows, upload
@@ -107,6 +108,8 @@ class Attention:
         self._compressor, self._indexer, self._scratch = compressor, indexer, scratch
         self._dtype, self._operand, self._exact = dtype, operand, exact
         self._splits = can_split(c.head_dim, c.nope_dim)
+        # A window longer than a chunk of keys would be cut by it.
+        self._dense = not exact and ratio not in (0, CSA_RATIO) and c.window <= CHUNK
 
     def __call__(
         self, rows: Rows, pool: LayerPool, x_RD: Tensor, *, evidence: Tensor | None = None
@@ -189,7 +192,9 @@ class Attention:
             self._decode(pool.entries_PB, plan.entry_slots, g.entries(self._ratio), rest)
             heavy = torch.where(entries < 0, -1, entries + plan.entries_at_R[:, None])
             index = torch.cat((index, heavy), 1)
-        out = self._attend(rows, q, buffer, index)
+        dense = self._dense and len(rows.spans) == 1 and rows.count >= _LIST_BLOCK
+        attend = self._attend_dense if dense else self._attend
+        out = attend(rows, q, buffer, index)
         self._store(rows, kv, rows.ring_R, self._ring(pool))
         return Attended(out, buffer, index)
 
@@ -235,6 +240,15 @@ class Attention:
         w = self._w
         cos, sin = rows.cos_sin(w.freq_P)
         return self._ops.sparse_attention(q, keys, index, w.sink_H, cos, sin, scale=self._scale)
+
+    def _attend_dense(self, rows: Rows, q: Tensor, keys: Tensor, index: Tensor) -> Tensor:
+        """One sequence's window rows and entries as they lie in the buffer (class `fast`)."""
+        w, (span,) = self._w, rows.spans
+        return self._ops.dense_compressed_attention(
+            q, keys, w.sink_H, *rows.cos_sin(w.freq_P), position=span.position,
+            entries_at=self._window - 1 + span.count, window=self._window, ratio=self._ratio,
+            scale=self._scale,
+        )  # fmt: skip
 
     def _split(self, rows: Rows, lists: list[PagedList], q: Tensor) -> Tensor:
         """Straight over the pages, long lists cut into chunks (class `fast`)."""

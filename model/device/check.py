@@ -27,7 +27,7 @@ _EXPERT_BITS = {ExpertFormat.PLAIN: 16, ExpertFormat.E4M3: 9, ExpertFormat.MXFP4
 def find_device(asked: str) -> torch.device:
     """`cuda`, `cuda:N`, `cpu`, or `auto`: CUDA where there is one. Raises `ModelLoadError`."""
     if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(asked)
     except RuntimeError:
@@ -36,6 +36,9 @@ def find_device(asked: str) -> torch.device:
         raise ModelLoadError(f"device is {asked!r}; it must be auto, cpu or cuda")
     if device.type == "cuda":
         _check_cuda(device)
+        if device.index is None:
+            # With its number, so that it is equal to the device of the tensors on it.
+            device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -20,7 +20,7 @@ from model.device.pools import Geometry, Pools
 from model.device.rows import Span, prompt_rows, upload
 from model.device.sequence import DeviceSequence, Trail
 from model.device.steps import CudaGraphs, Recorder, Steps
-from model.device.weights import ExpertFormat, Loader
+from model.device.weights import ExpertFormat, Loader, Tensors
 from model.device.wire import Wire
 from model.device.work import Part, Work, checked, next_pass
 from model.engine import (
@@ -52,7 +52,7 @@ class DeviceEngine:
     def __init__(
         self,
         config: ModelConfig,
-        tensors: dict[str, Tensor],
+        tensors: Tensors,
         *,
         weights_digest: str,
         options: EngineOptions,
@@ -62,7 +62,7 @@ class DeviceEngine:
         rounded: frozenset[str] = frozenset(),
         recorder: Recorder | None = None,
     ) -> None:
-        """`tensors` are emptied on the way. What cannot run was refused before
+        """`tensors` are taken out one by one. What cannot run was refused before
         (`model.device.check`). `recorder` of decode steps: CUDA graphs where they are possible.
         """
         self._config, self._device = config, device
@@ -78,6 +78,7 @@ class DeviceEngine:
             rounded=rounded if options.rounding.activations else frozenset(),
             experts=experts,
             tile=EXACT_TILE,
+            library=not exact and device.type == "cuda",
         )
         with torch.inference_mode():
             self._network = DeviceNetwork(

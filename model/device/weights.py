@@ -9,9 +9,9 @@ row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +19,6 @@ from torch import Tensor
 from kernels.device import ReferenceDeviceOps
 from kernels.reference.moe_grouped import GROUP
 from penstock.errors import ModelLoadError
-
-Vector = Callable[[str], Tensor]
 
 
 class ExpertFormat(StrEnum):
@@ -43,6 +41,8 @@ class Product:
     parts: tuple[Tensor, ...]
     tile: int
     rounds: bool = False
+    library: bool = False
+    """Products of the activation type are cuBLAS's, which may split its sums by the batch."""
 
     def __call__(self, ops: ReferenceDeviceOps, x_RK: Tensor, dtype: torch.dtype) -> Tensor:
         """[R, G N]; x is [R, G K]."""
@@ -50,6 +50,9 @@ class Product:
         if self.rounds:
             x_RK = ops.round_rows(x_RK).to(x_RK.dtype)
         x = x_RK.view(-1, groups, inputs)
+        if self.library and dtype == x.dtype == self.parts[0].dtype:
+            y = torch.bmm(x.transpose(0, 1), self.parts[0].transpose(1, 2))
+            return y.transpose(0, 1).flatten(1)
         if len(self.parts) == 1:
             return ops.linear(x, self.parts[0], dtype=dtype, tile=self.tile).flatten(1)
         total: Tensor | None = None
@@ -71,12 +74,18 @@ class Experts:
     w2_scale_EDX: Tensor | None
 
 
+class Tensors(Protocol):
+    """Where weights come from, each once: a dict, or what makes them up on the way."""
+
+    def pop(self, name: str, /) -> Tensor: ...
+
+
 class Loader:
-    """Takes tensors out of the host's dict and puts them on the device in their form."""
+    """Takes tensors from their source and puts them on the device in their form."""
 
     def __init__(
         self,
-        tensors: dict[str, Tensor],
+        tensors: Tensors,
         ops: ReferenceDeviceOps,
         *,
         device: torch.device,
@@ -84,7 +93,9 @@ class Loader:
         rounded: frozenset[str],
         experts: ExpertFormat,
         tile: int,
+        library: bool,
     ) -> None:
+        self._library = library
         self._tensors, self._ops = tensors, ops
         self._device, self._dtype, self._rounded = device, dtype, rounded
         self._experts, self._tile = experts, tile
@@ -101,7 +112,7 @@ class Loader:
         weight = each[0] if len(each) == 1 else torch.cat(each)
         weight = weight.view(groups, weight.shape[0] // groups, weight.shape[1])
         parts = _thirds(weight, self._dtype) if wide else (weight.to(self._dtype).contiguous(),)
-        return Product(parts, self._tile, names[0] in self._rounded)
+        return Product(parts, self._tile, names[0] in self._rounded, self._library)
 
     def experts(self, prefix: str, count: int) -> Experts:
         """`prefix` ends before the expert's number."""

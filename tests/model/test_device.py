@@ -4,6 +4,7 @@ and states, in Triton's interpreter, and what it refuses.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import penstock
 from examples.tiny_checkpoint import write_checkpoint
 from model.device.check import check_model, device_ops
 from model.device.engine import DeviceEngine
@@ -25,8 +27,10 @@ from penstock.worker import ModelSpec
 from tests.kernels.triton import shim
 from tests.model import oracle
 from tests.model.engine_contract import absorb, snapshot
+from training.batches import question_block
 
 Models = Callable[[str], oracle.OracleModel]
+LEDGER = Path(penstock.__file__).parent / "shipped" / "ledger"
 LENGTH = 300
 
 
@@ -141,6 +145,59 @@ def test_blocks_and_states_pass_between_the_engines(sure: Models) -> None:
         gap = error(last, whole[there][1][-1])
         print(f"engine {here} -> {there}: mean difference from a prompt of its own {gap:.4f}")
         assert gap < 0.05
+
+
+def test_class_fast_takes_other_kernels_and_stays_close(sure: Models) -> None:
+    """A prompt long enough for the dense form of heavy layers, then steps over the pages."""
+    source = sure("wide_window")
+    tokens = source.tokens(LENGTH)
+    found = []
+    for numerics in ("exact", "fast"):
+        engine = on_cpu(source.folder, numerics=numerics)
+        sequence = absorb(engine, tokens[: LENGTH - 3], chunk=100, capacity=LENGTH)
+        for token in tokens[LENGTH - 3 :]:
+            engine.forward([Segment(sequence, [token])])
+        row = bytearray(engine.logits([sequence]).row(0))
+        found.append(torch.frombuffer(row, dtype=torch.float32))
+    print(f"fast from exact: {error(*found):.4f}")
+    assert 0 < error(*found) < 0.05
+
+
+@pytest.mark.skipif(not (LEDGER / "model.safetensors").exists(), reason="no shipped ledger")
+def test_ledger_answers_from_another_engine_s_prefill() -> None:
+    """Prefill on one device engine, decode on another through blocks and a state; the evidence
+    covers the fact.
+    """
+    from tokenizers import Tokenizer
+
+    from training import documents
+
+    tok = Tokenizer.from_file(str(LEDGER / "tokenizer.json"))
+    document = documents.make_document(
+        4, tokens_at_least=1500, facts=12, count=lambda text: len(tok.encode(text).ids)
+    )
+    question = documents.make_questions(document, 4, 1, 0)[0]
+    block, at = question_block(random.Random(0), [(question.name, question.answer)], full=1.0)
+    encoded = tok.encode(document.text + block)
+    first = encoded.char_to_token(len(document.text) + at[0])
+    gold = encoded.char_to_token(document.digits_at[question.name])
+    assert first is not None and gold is not None
+    prefill, decode = on_cpu(LEDGER), on_cpu(LEDGER)
+    part = absorb(prefill, encoded.ids[:first], chunk=512)
+    moved = decode.open(first + 20)
+    for index in range(first // BLOCK_TOKENS):
+        decode.load_block(moved, index, prefill.export_block(part, index))
+    decode.load_state(moved, first, prefill.export_state(part))
+    heaviest = decode.evidence(moved)[0]
+    ids: list[int] = []
+    while len(ids) < len(question.answer):
+        row = torch.frombuffer(bytearray(decode.logits([moved]).row(0)), dtype=torch.float32)
+        ids.append(int(row.argmax()))
+        decode.forward([Segment(moved, ids[-1:])])
+    said = tok.decode(ids)
+    print(f"{first} tokens: {question.text} -> {said}; evidence {heaviest}, fact at {gold}")
+    assert said.replace(" ", "").startswith(question.answer[:2])
+    assert heaviest.start <= gold < heaviest.end
 
 
 def test_a_payload_that_went_through_the_device_is_the_same_bytes(model: Models) -> None:
