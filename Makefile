@@ -40,7 +40,7 @@ bench: setup
 	$(BIN)/penstock bench store --json results/bench-store.json
 	$(BIN)/penstock bench engine --json results/bench-engine.json
 
-# Needs a CUDA device; on a CPU: `python -m bench.kernels --tiny --no-torch` with TRITON_INTERPRET=1.
+# Needs a CUDA device; on a CPU: `python -m bench.kernels --tiny --backend reference --parts stack`.
 bench-gpu: setup
 	mkdir -p results
 	$(BIN)/python -m bench.kernels --json results/bench-kernels.json

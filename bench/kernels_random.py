@@ -89,11 +89,12 @@ class RandomWeights:
             return self._integers(self._config.experts, weight.shape)
         if len(weight.shape) == 1 or name.endswith(".ape"):
             return self._small(name, weight)
-        scale = weight.shape[1] ** -0.5
+        scale = 1.0 / math.sqrt(weight.shape[1])
         if weight.kind is Kind.FP4:
             grid = torch.tensor((*_GRID, *(-v for v in _GRID)), device=self._device)
             values = (grid * math.ldexp(1.0, round(math.log2(scale / 3)))).to(torch.bfloat16)
-            return values[self._integers(16, weight.shape)]
+            drawn = self._integers(16, weight.shape).flatten()
+            return values.index_select(0, drawn).view(weight.shape)
         return (self._normal(weight.shape) * scale).to(torch.bfloat16)
 
     def _small(self, name: str, weight: Expected) -> Tensor:

@@ -77,7 +77,7 @@ def test_a_broken_promise_or_a_wrong_answer_fails_the_run(monkeypatch: pytest.Mo
     arguments = ["--device", "cpu", "--tiny", "--parts"]
     quiet = Console(quiet=True)
     broken = [{"exact": "in chunks", "same_bits": False}]
-    monkeypatch.setattr(kernels_stack, "run", lambda *args, **kwargs: ([], broken))
+    monkeypatch.setattr(kernels_stack, "run", lambda *args, **kwargs: ([{"context": 1}], broken))
     assert kernels.main([*arguments, "stack"], console=quiet) == 1
     rows = [{"model": "ledger", "right": 1, "questions": 3}]
     monkeypatch.setattr(kernels_ledger, "run", lambda *args, **kwargs: rows)
