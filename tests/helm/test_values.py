@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import tempfile
@@ -207,7 +208,8 @@ def fields() -> Iterator[tuple[str, Any]]:
             yield f"{section}.{name}", field
 
 
-def reachable() -> set[str]:
+@functools.cache
+def reachable() -> frozenset[str]:
     """Settings that stand under some `config` of the schema."""
     found = set()
     definitions = values_schema()["$defs"]
@@ -219,7 +221,7 @@ def reachable() -> set[str]:
     for section in _PLAIN:
         for name in values_schema()["properties"][section]["properties"]:
             found.add(f"{section}.{name}")
-    return found
+    return frozenset(found)
 
 
 def test_every_setting_is_reachable_or_the_charts_own() -> None:
