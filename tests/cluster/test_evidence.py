@@ -161,12 +161,12 @@ def test_a_resumed_answer_has_the_evidence_of_the_undisturbed_one(ledger: Cluste
 def test_strict_grounding_gives_the_models_answer_or_its_refusal(ledger: Cluster) -> None:
     made = document(71, 1500, 8)
     supported = withheld = 0
-    for n, question in enumerate(make_questions(made, 71, 6, 2)):
+    for n, question in enumerate(make_questions(made, 71, 4, 1)):
         content = f"{made.text}\n\n{question.text}"
         messages = [{"role": "user", "content": content}]
         wishes: list[dict[str, Any]] = [{"max_tokens": 8}, {"max_tokens": 2}]
         # Drawn at random, the model makes codes up.
-        wishes += [{"max_tokens": 8, "temperature": 2, "seed": 10 * n + k} for k in range(3)]
+        wishes += [{"max_tokens": 8, "temperature": 2, "seed": 10 * n + k} for k in range(2)]
         for wish in wishes:
             free = ledger.chat(messages, **wish)
             strict = ledger.chat(messages, **wish, grounding="strict")
@@ -182,5 +182,5 @@ def test_strict_grounding_gives_the_models_answer_or_its_refusal(ledger: Cluster
                 supported += 1
                 assert free.text.strip(" .") in made.text
     print(f"{supported} supported, {withheld} withheld")
-    assert supported >= 5
-    assert withheld >= 5
+    assert supported >= 4
+    assert withheld >= 3
