@@ -15,7 +15,7 @@ from cluster.policy import Route
 from penstock import transport
 from penstock.errors import StoreUnavailableError
 from penstock.peers import ALONE, Peers
-from penstock.request import EvidenceSpan, Progress, Request, TokenChunk, TokenLogprobs
+from penstock.request import EvidenceSpan, Grammar, Progress, Request, TokenChunk, TokenLogprobs
 from penstock.rpc import channel_options, error_from_rpc
 from penstock.telemetry.exporter import read_metrics
 from protos.penstock.kv.v1 import kv_pb2, kv_pb2_grpc
@@ -121,6 +121,7 @@ class WorkerCalls:
                 evidence=request.evidence,
                 logits_digest=request.logits_digest,
                 top_logprobs=request.top_logprobs,
+                grammar=_grammar(request.grammar),
                 prefill_timeout_ms=int(limits.request_timeout_s * 1e3),
                 lease_ttl_ms=int(limits.lease_ttl_s * 1e3),
                 admission_timeout_ms=int(limits.admission_timeout_s * 1e3),
@@ -165,6 +166,12 @@ def _prompt(request: Request, worker: WorkerView) -> worker_pb2.Prompt:
         namespace=request.namespace,
         fingerprint=worker.fingerprint,
     )
+
+
+def _grammar(grammar: Grammar | None) -> worker_pb2.Grammar | None:
+    if grammar is None:
+        return None
+    return worker_pb2.Grammar(text=grammar.text, starts_after=grammar.starts_after)
 
 
 def _chunk(tokens: worker_pb2.Tokens) -> TokenChunk:

@@ -14,6 +14,7 @@ from decode.admission import Admission, Need
 from decode.attach import attach_prompt
 from decode.batch import Batch
 from decode.detokenize import DecodeBytes
+from decode.grammar import Constraint
 from decode.output import Output
 from decode.publisher import OutputPublisher
 from decode.sequence import HeldSequence
@@ -48,6 +49,7 @@ class Order:
     prefill_timeout_s: float
     admission_timeout_s: float
     lease_ttl_s: float
+    constraint: Constraint | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -196,6 +198,7 @@ class _Held:
             order.wishes,
             self._publisher.note,
             tokens=answer,
+            constraint=order.constraint,
         )
         runner.batch.join(self._stream)
         return self._stream

@@ -128,6 +128,8 @@ class Stepper:
 
         try:
             stand(draw, outcome.drafts)
+        except PenstockError as error:
+            outcome.error = error
         except ValueError as error:
             # One stream's damaged logits must not end the others.
             outcome.error = PenstockError(str(error))
@@ -151,7 +153,10 @@ class Stepper:
             position=position,
             forbidden=stream.output.forbidden_after(ahead),
             adjust=stream.adjustments(drawn.token for drawn in outcome.drawn),
+            allowed=None if stream.constraint is None else stream.constraint.allowed(),
         )
+        if stream.constraint is not None:
+            stream.constraint.accept(token)
         top = stream.wishes.top_logprobs
         told = None if top is None else logprobs(row, token, top=top)
         return Drawn(token, evidence=evidence, digest=digest, logprobs=told)

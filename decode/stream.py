@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
+from decode.grammar import Constraint
 from decode.output import Output
 from decode.speculation import Acceptance
 from model.engine import Evidence, Sequence
@@ -53,6 +54,8 @@ class Stream:
     """How well this stream's drafts went so far."""
     reason: str | None = None
     tokens: list[int] = field(default_factory=list)
+    constraint: Constraint | None = None
+    """What the answer is bound to; belongs to the engine's thread."""
     _counts: Counter[int] = field(default_factory=Counter)
     _ready: list[Drawn] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)

@@ -12,6 +12,7 @@ from decode.admission import Admission, Need
 from decode.batch import Batch
 from decode.detokenize import DecodeBytes
 from decode.evidence import of_prompt
+from decode.grammar import Constraint, Grammars, LlGrammars
 from decode.job import AnswerRunner, Listener, Order
 from decode.stream import Drawn, Wishes
 from kvstore.client import StoreClient
@@ -27,7 +28,7 @@ from penstock.errors import (
     WorkerUnavailableError,
 )
 from penstock.identity import Chain
-from penstock.request import Sampling, StopRule, TokenLogprobs
+from penstock.request import Grammar, Sampling, StopRule, TokenLogprobs
 from penstock.rpc import (
     WorkerHost,
     Write,
@@ -41,7 +42,7 @@ from penstock.telemetry.meters import Meters
 from penstock.telemetry.otlp import open_tracer
 from penstock.telemetry.trace import NO_TRACER, Tracer
 from penstock.telemetry.workers import worker_meters
-from penstock.tokenizer import open_tokenizer
+from penstock.tokenizer import Tokenizer, open_tokenizer
 from penstock.worker import WorkerSpec
 from protos.penstock.kv.v1 import kv_pb2
 from protos.penstock.worker.v1 import worker_pb2
@@ -80,6 +81,7 @@ async def open_worker(spec: WorkerSpec, start: RankStarter = ChildRank) -> Decod
         store,
         directory,
         decode_bytes=None if tokenizer is None else tokenizer.decode_bytes,
+        grammars=None if tokenizer is None else _grammars(tokenizer, engine),
         close_with=(store.close, directory.close, tracer.close),
         owns_engine=True,
         meters=meters,
@@ -91,6 +93,7 @@ class DecodeWorker:
     """Belongs to one event loop. `start` once; `drain` and `stop` may be called again.
 
     `directory` None: not registered anywhere (tests). `decode_bytes` None: token ids without text.
+    `grammars` None: requests with a grammar are refused.
     `close_with` is awaited at the end of `stop`; an engine that is not owned is left open.
     """
 
@@ -102,6 +105,7 @@ class DecodeWorker:
         directory: DirectoryClient | None = None,
         *,
         decode_bytes: DecodeBytes | None = None,
+        grammars: Grammars | None = None,
         close_with: Sequence[Callable[[], Awaitable[None]]] = (),
         owns_engine: bool = False,
         meters: Meters | None = None,
@@ -120,6 +124,7 @@ class DecodeWorker:
             engine, self.batch, store, self.admission, decode_bytes, self.counters, self.meters
         )
         self._engine = engine
+        self._grammars = grammars
         self._host = WorkerHost(
             spec,
             SERVICE,
@@ -243,6 +248,15 @@ class DecodeWorker:
             order = await asyncio.to_thread(self._read, request)
             await self.runner.run(order, Listener(news.granted, news.tokens, news.finished))
 
+    def _constraint(self, request: worker_pb2.GenerateRequest) -> Constraint:
+        if self._grammars is None:
+            raise InvalidRequestError(
+                "this model has no tokenizer.json, which a grammar needs", param="response_format"
+            )
+        asked = request.grammar
+        after = asked.starts_after if asked.HasField("starts_after") else None
+        return self._grammars.open(Grammar(asked.text, after))
+
     def _read(self, request: worker_pb2.GenerateRequest) -> Order:
         """In a thread: copying and hashing a million tokens takes some 100 ms."""
         asked, info = request.prompt, self._engine.info
@@ -270,10 +284,16 @@ class DecodeWorker:
                 request.logits_digest,
                 request.top_logprobs if request.HasField("top_logprobs") else None,
             ),
+            constraint=self._constraint(request) if request.HasField("grammar") else None,
             prefill_timeout_s=request.prefill_timeout_ms / 1e3 or DEFAULT_PREFILL_TIMEOUT_S,
             admission_timeout_s=request.admission_timeout_ms / 1e3,
             lease_ttl_s=request.lease_ttl_ms / 1e3 or self.spec.lease_ttl_s,
         )
+
+
+def _grammars(tokenizer: Tokenizer, engine: Engine) -> LlGrammars:
+    info = engine.info
+    return LlGrammars(tokenizer, vocab_size=info.vocab_size, eos=info.eos_token_ids)
 
 
 def _sampling(wish: worker_pb2.Sampling, vocab_size: int) -> Sampling:

@@ -35,20 +35,26 @@ def sample(
     position: int,
     forbidden: frozenset[int] = frozenset(),
     adjust: Mapping[int, float] | None = None,
+    allowed: npt.NDArray[np.bool_] | None = None,
 ) -> int:
     """Token id drawn from `row` [V] float32. Ties go to the lowest id.
 
     `forbidden` ids are never drawn (min_tokens keeps the end token away); `adjust` is added to the
-    logits of its ids (bias and penalties). Raises ValueError if a logit is NaN.
+    logits of its ids (bias and penalties); `allowed` [V] is all that a grammar leaves. Raises
+    ValueError if a logit is NaN, or if nothing is left to draw.
     """
     logits = np.asarray(row, dtype=np.float64)
     if np.isnan(logits).any():
         raise ValueError("logits hold NaN: the model's weights or cache are damaged")
-    if forbidden or adjust:
+    if forbidden or adjust or allowed is not None:
         logits = logits.copy()
         for token, amount in (adjust or {}).items():
             logits[token] += amount
         logits[list(forbidden)] = -np.inf
+        if allowed is not None:
+            logits[~allowed] = -np.inf
+            if np.isneginf(logits.max()):
+                raise ValueError("the grammar leaves no token to draw")
     if sampling.greedy:
         return int(np.argmax(logits))
     scaled = (logits - logits.max()) / sampling.temperature

@@ -102,6 +102,15 @@ class StopRule:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What an answer is bound to, in llguidance's Lark dialect."""
+
+    text: str
+    starts_after: int | None = None
+    """The token (the end of the reasoning) after which the grammar begins; None: at once."""
+
+
+@dataclass(frozen=True)
 class Request:
     """One prompt on its way through the cluster."""
 
@@ -117,6 +126,8 @@ class Request:
     """Return a digest of the logits that each token was drawn from."""
     top_logprobs: int | None = None
     """Return the log probability of each token, and of this many likeliest ones beside it."""
+    grammar: Grammar | None = None
+    """Draw only tokens that it allows."""
 
     def __post_init__(self) -> None:
         if not self.token_ids:

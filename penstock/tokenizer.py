@@ -37,6 +37,10 @@ class Tokenizer(Protocol):
     @property
     def eos_ids(self) -> frozenset[int]: ...
 
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Tokens that no text is ever encoded to."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; control tokens in it are plain text, and none are added."""
 
@@ -78,6 +82,7 @@ class ByteTokenizer(_Decoding):
     END = 256
     vocab_size = 257
     eos_ids = frozenset({END})
+    control_ids = eos_ids
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", errors="replace"))
@@ -134,6 +139,11 @@ class HfTokenizer(_Decoding):
     @property
     def eos_ids(self) -> frozenset[int]:
         return self._eos_ids
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        added = self._library.get_added_tokens_decoder()
+        return frozenset(index for index, token in added.items() if token.special)
 
     def token_id(self, token: str) -> int | None:
         found: int | None = self._library.token_to_id(token)

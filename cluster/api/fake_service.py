@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 from cluster.contracts import Readiness, ServedModel, WorkerView
 from decode.evidence import of_prompt
+from decode.grammar import LlGrammars
 from decode.output import Output
 from decode.step import Stepper
 from decode.stream import Drawn, Stream, Wishes
 from model.engine import Segment
 from model.engine import Sequence as EngineSequence
-from model.fake import EOS, FakeEngine, FakeSettings
+from model.fake import EOS, VOCAB, FakeEngine, FakeSettings
 from penstock.errors import PenstockError
 from penstock.request import (
     Event,
@@ -64,6 +65,7 @@ class FakeService:
     def __init__(self, *, max_model_len: int = 1 << 20, name: str = "fake") -> None:
         self._engine = FakeEngine(FakeSettings(max_model_len=max_model_len))
         self._stepper = Stepper(self._engine)
+        self._grammars = LlGrammars(ByteTokenizer(), vocab_size=VOCAB, eos=frozenset({EOS}))
         self._name = name
         self._created = int(time.time())
         self.plan = FakePlan()
@@ -97,6 +99,8 @@ class FakeService:
                     yield event
                 return
             stream = _stream_of(request, sequence)
+            if request.grammar is not None:
+                stream.constraint = self._grammars.open(request.grammar)
             index = 0
             while stream.reason is None:
                 await asyncio.sleep(self.plan.token_pause_s)

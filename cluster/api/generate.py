@@ -21,6 +21,7 @@ from cluster.api.records import TokenRecord
 from cluster.api.render import ChatRender, Render, TextRender
 from cluster.api.schema import ChatBody, CompletionBody, Generation
 from cluster.api.state import ApiState
+from cluster.api.structure import grammar_of
 from cluster.contracts import ServedModel
 from penstock import request as nouns
 from penstock.chat import Encoded
@@ -58,6 +59,7 @@ class Prompt:
     """The client's own texts in it: what evidence counts characters in."""
     echo: str = ""
     """What its answer is to begin with."""
+    grammar: nouns.Grammar | None = None
     placed: PromptText | None = None
     """Set if evidence is asked for."""
 
@@ -74,7 +76,8 @@ class _Chat:
     @staticmethod
     def encode(body: Any, state: ApiState, scope: bytes) -> list[Prompt]:
         encoded = state.chat.encode(body.messages, body.chat_options(), scope=scope)
-        return [Prompt(encoded, tuple(contents(body.messages)))]
+        grammar = grammar_of(body, encoded.answer, state.tokenizer)
+        return [Prompt(encoded, tuple(contents(body.messages)), grammar=grammar)]
 
 
 class _Text:
@@ -227,6 +230,7 @@ def _choices(
                 evidence=bool(body.evidence) or body.grounding == "strict",
                 logits_digest=bool(body.logits_digest),
                 top_logprobs=logprobs,
+                grammar=prompt.grammar,
             ),
             evidence=(
                 EvidenceText(tokenizer, ids, prompt.placed, names_message=kind is _Chat)

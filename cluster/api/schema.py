@@ -5,7 +5,7 @@ What OpenAI's API has and this server does not do yet is refused by name, never 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -169,7 +169,7 @@ class Conversation(Body):
 
     tools: Items[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    """`auto` or `none`; `none` leaves the tools out of the prompt."""
+    """`none` leaves the tools out of the prompt; `required` or a function by name forces a call."""
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     """`none`, `minimal`, `low`, `medium`, `high`, `xhigh` or `max`; any but `none` means thinking.
@@ -179,14 +179,7 @@ class Conversation(Body):
     def chat_options(self) -> ChatOptions:
         """Raises `InvalidRequestError` for what cannot be promised."""
         tools = tuple(self.tools or ())
-        for i, tool in enumerate(tools):
-            function = tool.get("function")
-            if isinstance(function, dict) and function.get("strict"):
-                raise ForbiddenValueError(
-                    f"tools[{i}].function.strict is not supported by this server; leave it out",
-                    param=f"tools[{i}].function.strict",
-                )
-        self._check_choice(bool(tools))
+        self._check_choice(tools)
         given = self.chat_template_kwargs or TemplateArguments()
         if None not in (given.thinking, given.enable_thinking) and (
             given.thinking != given.enable_thinking
@@ -203,25 +196,41 @@ class Conversation(Body):
             task=given.task,
         )
 
-    def _check_choice(self, with_tools: bool) -> None:
+    def _check_choice(self, tools: Sequence[Mapping[str, Any]]) -> None:
         choice = self.tool_choice
-        if isinstance(choice, dict) or choice == "required":
-            named = "of a named tool" if isinstance(choice, dict) else "'required'"
-            raise ForbiddenValueError(
-                f"tool_choice {named} is not supported: this server cannot force the model to "
-                "call; send 'auto' or 'none'",
-                param="tool_choice",
-            )
-        if choice not in (None, "auto", "none"):
+        if choice in (None, "auto", "none"):
+            return
+        if choice != "required" and not isinstance(choice, dict):
             raise InvalidRequestError(
-                f"tool_choice must be 'auto' or 'none', not {str(choice)[:40]!a}",
+                "tool_choice must be 'auto', 'none', 'required' or a function by name, not "
+                f"{str(choice)[:40]!a}",
                 param="tool_choice",
             )
-        if with_tools and self.parallel_tool_calls is False:
+        if not tools:
+            raise InvalidRequestError("tool_choice needs tools; send some", param="tool_choice")
+        if isinstance(choice, dict):
+            self._check_named(choice, tools)
+
+    @staticmethod
+    def _check_named(choice: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> None:
+        if choice.get("type") != "function":
             raise ForbiddenValueError(
-                "parallel_tool_calls = false is not supported: this server cannot hold the model "
-                "to one call; leave it out",
-                param="parallel_tool_calls",
+                "tool_choice.type must be 'function'; no other kind is supported",
+                param="tool_choice.type",
+            )
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str):
+            raise InvalidRequestError(
+                "tool_choice.function.name is required",
+                param="tool_choice.function.name",
+                code="missing_required_parameter",
+            )
+        known = [f.get("name") for t in tools if isinstance(f := t.get("function"), dict)]
+        if name not in known:
+            raise InvalidRequestError(
+                f"tool_choice names the function {name[:100]!a}, which is not among tools",
+                param="tool_choice.function.name",
             )
 
 
@@ -245,8 +254,6 @@ class ChatBody(Generation, Conversation):
                 "top_logprobs is allowed only together with logprobs: true", param="top_logprobs"
             )
         _check_top("top_logprobs", self.top_logprobs)
-        kind = (self.response_format or {}).get("type", "text")
-        self._refuse_if("response_format", kind != "text")
         return self
 
     @property

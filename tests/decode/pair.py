@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 from blake3 import blake3
 
+from decode.grammar import Grammars
 from decode.worker import DecodeWorker
 from kvstore.contracts import BlockStore
 from kvstore.fake import MemoryBlockStore
@@ -245,6 +246,7 @@ async def pair(
     settings: FakeSettings | None = None,
     prefill: dict[str, Any] | None = None,
     decode: dict[str, Any] | None = None,
+    decode_grammars: Grammars | None = None,
 ) -> AsyncIterator[Pair]:
     """Two running workers. `prefill` and `decode` change their specs."""
     engines = FakeEngine(settings), FakeEngine(settings)
@@ -255,6 +257,7 @@ async def pair(
         engines[1],
         store,
         decode_bytes=ByteTokenizer().decode_bytes,
+        grammars=decode_grammars,
     )
     try:
         addresses = await reader.start(), await writer.start()

@@ -104,7 +104,7 @@ async def test_bodies_that_are_no_request(
         ({"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),
         ({"logprobs": True, "top_logprobs": -1}, "invalid_value", "top_logprobs"),
         ({"top_logprobs": 2}, "invalid_value", "top_logprobs"),
-        ({"response_format": {"type": "json_object"}}, "unsupported_value", "response_format"),
+        ({"response_format": {"type": "xml"}}, "unsupported_value", "response_format.type"),
         ({"logit_bias": {"a": 4}}, "invalid_value", "logit_bias"),
         ({"logit_bias": {"3": 101}}, "invalid_value", "logit_bias"),
         ({"logit_bias": {"257": 1}}, "invalid_value", "logit_bias"),

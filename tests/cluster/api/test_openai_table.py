@@ -111,9 +111,7 @@ def test_the_table_is_complete() -> None:
     ours = {"chat": ChatBody.model_fields, "text": CompletionBody.model_fields}
     refused = {"chat": fields.CHAT, "text": fields.TEXT}
     for endpoint in PATHS:
-        names = {*known[endpoint], *ours[endpoint]} | (
-            set(refused[endpoint]) - {"echo", "response_format", "best_of"}
-        )
+        names = {*known[endpoint], *ours[endpoint]} | (set(refused[endpoint]) - {"echo"})
         # Chat has no best_of; it is refused there as on the other endpoint.
         missing = {(name, endpoint) for name in names - {"best_of"}} - listed
         assert not missing
@@ -294,6 +292,15 @@ async def _cache_salt(api: Api, endpoint: str, sent: Any) -> None:
 async def _logits_digest(api: Api, endpoint: str, sent: Any) -> None:
     choice = (await ask(api, endpoint, logits_digest=sent)).json()["choices"][0]
     assert len(choice["token_ids"]) == len(set(choice["logits_digests"])) == 40
+
+
+@checks("response_format", "chat")
+async def _response_format(api: Api, endpoint: str, sent: Any) -> None:
+    bias = {str(ord('"')): 37, str(ord("}")): 36}
+    free = {"ignore_eos": None, "max_tokens": 1000, "logit_bias": bias}
+    for seed in range(5):
+        (text,) = texts(await ask(api, endpoint, response_format=sent, seed=seed, **free))
+        assert isinstance(json.loads(text), dict)
 
 
 @checks("grounding", "chat", "text")

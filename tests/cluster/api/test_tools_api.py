@@ -247,22 +247,18 @@ async def test_tokenize_shows_what_a_chat_would_send(
 @pytest.mark.parametrize(
     ("more", "code", "param"),
     [
-        ({**TOOLS, "tool_choice": "required"}, "unsupported_value", "tool_choice"),
+        ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
         (
-            {
-                **TOOLS,
-                "tool_choice": {"type": "function", "function": {"name": "get_weather"}},
-            },
+            {**TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}},
+            "invalid_value",
+            "tool_choice.function.name",
+        ),
+        (
+            {**TOOLS, "tool_choice": {"type": "allowed_tools"}},
             "unsupported_value",
-            "tool_choice",
+            "tool_choice.type",
         ),
         ({**TOOLS, "tool_choice": "perhaps"}, "invalid_value", "tool_choice"),
-        ({**TOOLS, "parallel_tool_calls": False}, "unsupported_value", "parallel_tool_calls"),
-        (
-            {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
-            "unsupported_value",
-            "tools[0].function.strict",
-        ),
         ({"tools": [{"type": "function"}]}, "invalid_type", "tools[0].function"),
         ({"reasoning_effort": "huge"}, "invalid_value", "reasoning_effort"),
         ({"reasoning_effort": 3}, "invalid_type", "reasoning_effort"),

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&protos/penstock/worker/v1/worker.proto\x12\x12penstock.worker.v1\"W\n\x06Prompt\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x11\n\tnamespace\x18\x03 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\x0c\"f\n\x0ePrefillRequest\x12*\n\x06prompt\x18\x01 \x01(\x0b\x32\x1a.penstock.worker.v1.Prompt\x12\x12\n\nboundaries\x18\x02 \x03(\r\x12\x14\n\x0clease_ttl_ms\x18\x03 \x01(\r\"\xb8\x01\n\x0cPrefillEvent\x12\x35\n\x07started\x18\x01 \x01(\x0b\x32\".penstock.worker.v1.PrefillStartedH\x00\x12\x37\n\x08progress\x18\x02 \x01(\x0b\x32#.penstock.worker.v1.PrefillProgressH\x00\x12/\n\x04\x64one\x18\x03 \x01(\x0b\x32\x1f.penstock.worker.v1.PrefillDoneH\x00\x42\x07\n\x05\x65vent\"\'\n\x0ePrefillStarted\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\"&\n\x0fPrefillProgress\x12\x13\n\x0btokens_done\x18\x01 \x01(\r\"i\n\x0bPrefillDone\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x02 \x01(\r\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\x12\x17\n\x0f\x62ytes_published\x18\x04 \x01(\x04\"\x83\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x05 \x01(\r\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12?\n\nlogit_bias\x18\x08 \x03(\x0b\x32+.penstock.worker.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xdc\x02\n\x0fGenerateRequest\x12*\n\x06prompt\x18\x01 \x01(\x0b\x32\x1a.penstock.worker.v1.Prompt\x12.\n\x08sampling\x18\x02 \x01(\x0b\x32\x1c.penstock.worker.v1.Sampling\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x12\n\nmin_tokens\x18\x04 \x01(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x10\n\x08\x65vidence\x18\x07 \x01(\x08\x12\x1a\n\x12prefill_timeout_ms\x18\x08 \x01(\r\x12\x14\n\x0clease_ttl_ms\x18\t \x01(\r\x12\x1c\n\x14\x61\x64mission_timeout_ms\x18\n \x01(\r\x12\x15\n\rlogits_digest\x18\x0b \x01(\x08\x12\x19\n\x0ctop_logprobs\x18\x0c \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_top_logprobs\"\xa8\x01\n\rGenerateEvent\x12.\n\x07granted\x18\x01 \x01(\x0b\x32\x1b.penstock.worker.v1.GrantedH\x00\x12,\n\x06tokens\x18\x02 \x01(\x0b\x32\x1a.penstock.worker.v1.TokensH\x00\x12\x30\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1c.penstock.worker.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"4\n\x07Granted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x16\n\x0ereserved_bytes\x18\x02 \x01(\x04\"8\n\x0c\x45videnceSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\x0c\n\x04mass\x18\x03 \x01(\x02\"G\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"\xb9\x01\n\x06Tokens\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x32\n\x08\x65vidence\x18\x04 \x03(\x0b\x32 .penstock.worker.v1.EvidenceSpan\x12\x16\n\x0elogits_digests\x18\x05 \x03(\x0c\x12\x33\n\x08logprobs\x18\x06 \x03(\x0b\x32!.penstock.worker.v1.TokenLogprobs\"C\n\x08\x46inished\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t2X\n\x07Prefill\x12M\n\x03Run\x12\".penstock.worker.v1.PrefillRequest\x1a .penstock.worker.v1.PrefillEvent0\x01\x32^\n\x06\x44\x65\x63ode\x12T\n\x08Generate\x12#.penstock.worker.v1.GenerateRequest\x1a!.penstock.worker.v1.GenerateEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&protos/penstock/worker/v1/worker.proto\x12\x12penstock.worker.v1\"W\n\x06Prompt\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x11\n\tnamespace\x18\x03 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\x0c\"f\n\x0ePrefillRequest\x12*\n\x06prompt\x18\x01 \x01(\x0b\x32\x1a.penstock.worker.v1.Prompt\x12\x12\n\nboundaries\x18\x02 \x03(\r\x12\x14\n\x0clease_ttl_ms\x18\x03 \x01(\r\"\xb8\x01\n\x0cPrefillEvent\x12\x35\n\x07started\x18\x01 \x01(\x0b\x32\".penstock.worker.v1.PrefillStartedH\x00\x12\x37\n\x08progress\x18\x02 \x01(\x0b\x32#.penstock.worker.v1.PrefillProgressH\x00\x12/\n\x04\x64one\x18\x03 \x01(\x0b\x32\x1f.penstock.worker.v1.PrefillDoneH\x00\x42\x07\n\x05\x65vent\"\'\n\x0ePrefillStarted\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\"&\n\x0fPrefillProgress\x12\x13\n\x0btokens_done\x18\x01 \x01(\r\"i\n\x0bPrefillDone\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x02 \x01(\r\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\x12\x17\n\x0f\x62ytes_published\x18\x04 \x01(\x04\"\x83\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x05 \x01(\r\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12?\n\nlogit_bias\x18\x08 \x03(\x0b\x32+.penstock.worker.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"C\n\x07Grammar\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x19\n\x0cstarts_after\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_starts_after\"\x8a\x03\n\x0fGenerateRequest\x12*\n\x06prompt\x18\x01 \x01(\x0b\x32\x1a.penstock.worker.v1.Prompt\x12.\n\x08sampling\x18\x02 \x01(\x0b\x32\x1c.penstock.worker.v1.Sampling\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x12\n\nmin_tokens\x18\x04 \x01(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x10\n\x08\x65vidence\x18\x07 \x01(\x08\x12\x1a\n\x12prefill_timeout_ms\x18\x08 \x01(\r\x12\x14\n\x0clease_ttl_ms\x18\t \x01(\r\x12\x1c\n\x14\x61\x64mission_timeout_ms\x18\n \x01(\r\x12\x15\n\rlogits_digest\x18\x0b \x01(\x08\x12\x19\n\x0ctop_logprobs\x18\x0c \x01(\rH\x00\x88\x01\x01\x12,\n\x07grammar\x18\r \x01(\x0b\x32\x1b.penstock.worker.v1.GrammarB\x0f\n\r_top_logprobs\"\xa8\x01\n\rGenerateEvent\x12.\n\x07granted\x18\x01 \x01(\x0b\x32\x1b.penstock.worker.v1.GrantedH\x00\x12,\n\x06tokens\x18\x02 \x01(\x0b\x32\x1a.penstock.worker.v1.TokensH\x00\x12\x30\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1c.penstock.worker.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"4\n\x07Granted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x16\n\x0ereserved_bytes\x18\x02 \x01(\x04\"8\n\x0c\x45videnceSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\x0c\n\x04mass\x18\x03 \x01(\x02\"G\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"\xb9\x01\n\x06Tokens\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x32\n\x08\x65vidence\x18\x04 \x03(\x0b\x32 .penstock.worker.v1.EvidenceSpan\x12\x16\n\x0elogits_digests\x18\x05 \x03(\x0c\x12\x33\n\x08logprobs\x18\x06 \x03(\x0b\x32!.penstock.worker.v1.TokenLogprobs\"C\n\x08\x46inished\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t2X\n\x07Prefill\x12M\n\x03Run\x12\".penstock.worker.v1.PrefillRequest\x1a .penstock.worker.v1.PrefillEvent0\x01\x32^\n\x06\x44\x65\x63ode\x12T\n\x08Generate\x12#.penstock.worker.v1.GenerateRequest\x1a!.penstock.worker.v1.GenerateEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,22 +49,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING']._serialized_end=890
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=842
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=890
-  _globals['_GENERATEREQUEST']._serialized_start=893
-  _globals['_GENERATEREQUEST']._serialized_end=1241
-  _globals['_GENERATEEVENT']._serialized_start=1244
-  _globals['_GENERATEEVENT']._serialized_end=1412
-  _globals['_GRANTED']._serialized_start=1414
-  _globals['_GRANTED']._serialized_end=1466
-  _globals['_EVIDENCESPAN']._serialized_start=1468
-  _globals['_EVIDENCESPAN']._serialized_end=1524
-  _globals['_TOKENLOGPROBS']._serialized_start=1526
-  _globals['_TOKENLOGPROBS']._serialized_end=1597
-  _globals['_TOKENS']._serialized_start=1600
-  _globals['_TOKENS']._serialized_end=1785
-  _globals['_FINISHED']._serialized_start=1787
-  _globals['_FINISHED']._serialized_end=1854
-  _globals['_PREFILL']._serialized_start=1856
-  _globals['_PREFILL']._serialized_end=1944
-  _globals['_DECODE']._serialized_start=1946
-  _globals['_DECODE']._serialized_end=2040
+  _globals['_GRAMMAR']._serialized_start=892
+  _globals['_GRAMMAR']._serialized_end=959
+  _globals['_GENERATEREQUEST']._serialized_start=962
+  _globals['_GENERATEREQUEST']._serialized_end=1356
+  _globals['_GENERATEEVENT']._serialized_start=1359
+  _globals['_GENERATEEVENT']._serialized_end=1527
+  _globals['_GRANTED']._serialized_start=1529
+  _globals['_GRANTED']._serialized_end=1581
+  _globals['_EVIDENCESPAN']._serialized_start=1583
+  _globals['_EVIDENCESPAN']._serialized_end=1639
+  _globals['_TOKENLOGPROBS']._serialized_start=1641
+  _globals['_TOKENLOGPROBS']._serialized_end=1712
+  _globals['_TOKENS']._serialized_start=1715
+  _globals['_TOKENS']._serialized_end=1900
+  _globals['_FINISHED']._serialized_start=1902
+  _globals['_FINISHED']._serialized_end=1969
+  _globals['_PREFILL']._serialized_start=1971
+  _globals['_PREFILL']._serialized_end=2059
+  _globals['_DECODE']._serialized_start=2061
+  _globals['_DECODE']._serialized_end=2155
 # @@protoc_insertion_point(module_scope)

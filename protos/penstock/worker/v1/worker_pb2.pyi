@@ -242,6 +242,34 @@ class Sampling(_message.Message):
 Global___Sampling: _TypeAlias = Sampling  # noqa: Y015
 
 @_typing.final
+class Grammar(_message.Message):
+    """What an answer is bound to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    STARTS_AFTER_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """In llguidance's Lark dialect."""
+    starts_after: _builtins.int
+    """The token after which it begins (the end of the reasoning); unset: at once."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        starts_after: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_starts_after", b"_starts_after", "starts_after", b"starts_after"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_starts_after", b"_starts_after", "starts_after", b"starts_after", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__starts_after: _TypeAlias = _typing.Literal["starts_after"]  # noqa: Y015
+    _WhichOneofArgType__starts_after: _TypeAlias = _typing.Literal["_starts_after", b"_starts_after"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__starts_after) -> _WhichOneofReturnType__starts_after | None: ...
+
+Global___Grammar: _TypeAlias = Grammar  # noqa: Y015
+
+@_typing.final
 class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -257,6 +285,7 @@ class GenerateRequest(_message.Message):
     ADMISSION_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     LOGITS_DIGEST_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     min_tokens: _builtins.int
     ignore_eos: _builtins.bool
@@ -276,6 +305,8 @@ class GenerateRequest(_message.Message):
     def sampling(self) -> Global___Sampling: ...
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def grammar(self) -> Global___Grammar: ...
     def __init__(
         self,
         *,
@@ -291,10 +322,11 @@ class GenerateRequest(_message.Message):
         admission_timeout_ms: _builtins.int = ...,
         logits_digest: _builtins.bool = ...,
         top_logprobs: _builtins.int | None = ...,
+        grammar: Global___Grammar | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "prompt", b"prompt", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "grammar", b"grammar", "prompt", b"prompt", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "admission_timeout_ms", b"admission_timeout_ms", "evidence", b"evidence", "ignore_eos", b"ignore_eos", "lease_ttl_ms", b"lease_ttl_ms", "logits_digest", b"logits_digest", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "prefill_timeout_ms", b"prefill_timeout_ms", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "admission_timeout_ms", b"admission_timeout_ms", "evidence", b"evidence", "grammar", b"grammar", "ignore_eos", b"ignore_eos", "lease_ttl_ms", b"lease_ttl_ms", "logits_digest", b"logits_digest", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "prefill_timeout_ms", b"prefill_timeout_ms", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__top_logprobs: _TypeAlias = _typing.Literal["top_logprobs"]  # noqa: Y015
     _WhichOneofArgType__top_logprobs: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs"]  # noqa: Y015
