@@ -29,7 +29,7 @@ def test_off_means_one_look_at_a_variable() -> None:
 
 def test_off_loads_no_package_of_opentelemetry() -> None:
     code = (
-        "import sys, cluster.front, prefill.worker, decode.worker, kvstore.server; "
+        "import sys, cluster.front, prefill.worker, kvstore.server; "
         "from penstock.telemetry.otlp import open_tracer; "
         "from penstock.telemetry_spec import QUIET; open_tracer(QUIET, process='front'); "
         # redis-py loads the metrics' half of the SDK by itself.
