@@ -6,14 +6,16 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import httpx
 import orjson
 import typer
 
 from cluster.cli.options import ConfigFile, DeviceOption, Launcher, NumericsOption
 from penstock.errors import PenstockError, UsageError
+
+if TYPE_CHECKING:
+    import httpx
 
 _TIMEOUT_S = 600.0
 _POLL_S = 0.25
@@ -39,6 +41,8 @@ def run_batch(
     device: DeviceOption = None,
 ) -> int:
     """0: every request was answered with 200."""
+    import httpx
+
     from cluster.config import resolve
     from cluster.launch import started
     from cluster.launchers.common import free_port

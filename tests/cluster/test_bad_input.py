@@ -93,7 +93,7 @@ BAD = [
     Bad("null byte in request id", _chat(), 400, "invalid_request_id", "", headers={
         "X-Request-Id": "a b"
     }),
-    Bad("unsupported n", _chat(n=2), 400, "unsupported_value", "n"),
+    Bad("old functions", _chat(functions=[{"name": "f"}]), 400, "unsupported_value", "functions"),
     Bad("wrong key", _chat(), 401, "invalid_api_key", "key", headers={
         "Authorization": "Bearer wrong"
     }),
