@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import httpx
 import pytest
 from api_harness import Api
@@ -9,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.evidence import EvidenceText, PromptText, contents
-from penstock.chat import PlainChat, open_chat
+from penstock.chat import ChatOptions, PlainChat, open_chat
 from penstock.request import EvidenceSpan, TokenChunk
 from penstock.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
+from tests.penstock import v4_folder as v4
 
 LEDGER = open_tokenizer("ledger")
 assert LEDGER is not None
@@ -103,3 +106,30 @@ async def test_completions_count_in_the_prompt(client: httpx.AsyncClient, api: A
             piece = prompt[span["char_start"] : span["char_end"]]
             assert bytes(ids[span["start"] : span["end"]]) in piece.encode()
             assert "message" not in span
+
+
+def test_a_v4_conversation_maps_back_to_its_messages(tmp_path: Path) -> None:
+    """Controls, joined pieces and reasoning stand between the texts; nothing shifts."""
+    folder = v4.write_folder(tmp_path, goldens=v4.GOLDENS)
+    tokenizer = open_tokenizer(folder)
+    assert tokenizer is not None
+    messages = [
+        {"role": "system", "content": "Be careful. <think> is no tag here"},
+        {"role": "user", "content": "caf\u00e9: the code of bakilo is 4821. \U0001f600 more"},
+        {"role": "assistant", "content": "4821", "reasoning_content": "It says 4821."},
+        {"role": "user", "content": "And the code of terosuna?"},
+    ]
+    for thinking in (False, True):
+        options = ChatOptions(thinking=thinking, drop_thinking=not thinking)
+        ids = open_chat(folder, tokenizer).encode(messages, options).token_ids
+        prompt = PromptText(tokenizer, ids, contents(messages))
+        found: dict[int, set[int]] = {}
+        for token in range(len(ids)):
+            place = prompt.place(token, token + 1)
+            if place is not None:
+                found.setdefault(place[0], set()).update(range(place[1], place[2]))
+        wanted = {n: set(range(len(m["content"]))) for n, m in enumerate(messages)}
+        if thinking:
+            # "4821" now stands in the reasoning as well: its place is not certain, so it has none.
+            wanted.pop(2)
+        assert found == wanted
