@@ -30,6 +30,7 @@ from protos.penstock.batch.v1 import batch_pb2, batch_pb2_grpc
 
 _log = logging.getLogger(__name__)
 _STOP_GRACE_S = 1.0
+_AWAIT_FILE_S = 1.0
 _SERVICE = batch_pb2.DESCRIPTOR.services_by_name["Batch"].full_name
 _SQLITE = "sqlite:///"
 
@@ -55,7 +56,9 @@ class BatchRoom:
         self.journal = journal or open_journal(url, retention_s=config.retention_s)
         # A file that nobody asked for is made when the first job comes.
         file = Path(url.removeprefix(_SQLITE)).expanduser()
-        self._lazy = config.journal_url is None and journal is None and not file.exists()
+        lazy = config.journal_url is None and journal is None and not file.exists()
+        self._awaited = file if lazy else None
+        self._waiting: asyncio.Task[None] | None = None
         self._open_channel = open_channel
         self._inside = inside
         self._channel: grpc.aio.Channel | None = None
@@ -93,8 +96,10 @@ class BatchRoom:
                 self.journal, config, sources, self.around, self.poke, self.cancelled
             )
             self._server = await self._serve(service, config.grpc_port)
-        if not self._lazy:
+        if self._awaited is None:
             self._runner.start()
+        else:
+            self._waiting = asyncio.create_task(self._await_file(self._awaited))
 
     async def _try_journal(self) -> None:
         """A journal that can never work is named now; one that is away for a moment is waited for
@@ -104,6 +109,12 @@ class BatchRoom:
             await self.journal.list_jobs("", limit=1)
         except UnavailableError as error:
             _log.warning("%s", error.message)
+
+    async def _await_file(self, file: Path) -> None:
+        """Another front of this machine may be the one that makes it."""
+        while not await asyncio.to_thread(file.exists):  # noqa: ASYNC110
+            await asyncio.sleep(_AWAIT_FILE_S)
+        self.poke()
 
     def poke(self) -> None:
         """There may be new work."""
@@ -121,6 +132,10 @@ class BatchRoom:
         server, self._server = self._server, None
         if server is not None:
             await server.stop(_STOP_GRACE_S)
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
         runner, self._runner = self._runner, None
         if runner is not None:
             await runner.stop()

@@ -486,6 +486,25 @@ async def test_cost_by_the_operators_prices(tmp_path: Path) -> None:
     assert done.cost == pytest.approx(wanted) and done.cached_share > 0
 
 
+async def test_fronts_share_a_default_journal_that_only_one_of_them_has_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    async with (
+        batch_front(tmp_path, journal_url=None) as first,
+        batch_front(tmp_path, journal_url=None) as second,
+    ):
+        assert not (tmp_path / "penstock").exists(), "nothing is made before the first job"
+        for batch in (first, second):
+            batch.service.plan.token_pause_s = 0.2
+        async with first.client() as one, second.client() as other:
+            job = await one.submit(documents(60, 1))
+            done = await other.wait(job.id)
+    print(f"{first.service.opened} questions by the first front, {second.service.opened}")
+    assert done.succeeded == 60 and first.service.opened + second.service.opened == 60
+    assert second.service.opened > 0
+
+
 async def test_health_and_reflection_answer(batch: Batch) -> None:
     async with grpc.aio.insecure_channel(batch.target) as channel:
         health = health_pb2_grpc.HealthStub(channel)
