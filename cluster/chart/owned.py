@@ -21,14 +21,14 @@ def _by(value: str) -> Owned:
 
 
 OWNED: Mapping[str, Owned] = {
-    "front.host": Owned("", "Serve's proxies listen on every address of their pods"),
+    "front.host": Owned("", "Serve's proxies listen; the pod's own address for gRPC"),
     "front.port": Owned("", "8000 in the pod; front.service.port is what others see"),
     "front.api_key": _by("front.auth.existingSecret"),
     "front.api_keys_file": _by("front.auth.keysFileSecret"),
     "front.cluster_key": Owned("", "generated, in the release's Secret"),
     "front.tls_cert": Owned("", "front.tls.existingSecret gives it to Serve's proxies"),
     "front.tls_key": Owned("", "front.tls.existingSecret gives it to Serve's proxies"),
-    "front.insecure": Owned("", "Serve listens, not the front"),
+    "front.insecure": Owned("", "for gRPC without front.tls, behind a Gateway as HTTP is"),
     "front.replicas": _by("front.replicas"),
     "model.model": _by("model.name"),
     "model.served_name": _by("model.servedName"),
@@ -45,7 +45,7 @@ OWNED: Mapping[str, Owned] = {
     "tls.cluster_token_file": _by("tls.tokenSecret"),
     "telemetry.metrics_host": Owned("", "no exporter of a process's own: see metrics_port"),
     "telemetry.metrics_port": Owned("", "each front's /metrics has those of all, for the chart"),
-    "batch.grpc_port": Owned("", "the chart has no Service for it; batches come by /v1/batches"),
+    "batch.grpc_port": _by("front.service.grpcPort"),
     "launcher.kind": Owned("", "KubeRay deploys"),
     "launcher.ray_address": Owned("", "KubeRay deploys"),
     "launcher.object_store_bytes": Owned("", "ray.objectStoreMemory gives it to each Ray node"),

@@ -114,6 +114,7 @@ class DecodePool(Pool):
 class Service(Block):
     type: Literal["ClusterIP", "NodePort", "LoadBalancer"]
     port: int = Field(ge=1, le=65_535)
+    grpc_port: int = Field(ge=0, le=65_535)
     annotations: dict[str, str]
 
 

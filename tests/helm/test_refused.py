@@ -47,6 +47,7 @@ WRONG = {
     'front.config.host="0.0.0.0"': "front.config: Additional property host",
     "front.config.max_streams=-1": "front.config.max_streams",
     'front.service.type="Anything"': "front.service.type",
+    "front.service.grpcPort=70000": "front.service.grpcPort",
     "front.service.port=70000": "front.service.port",
     'front.extraEnv=[{"name":"1X","value":""}]': "front.extraEnv.0.name",
     "kvstore.replicas=3": "kvstore.replicas",

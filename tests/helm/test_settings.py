@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import ssl
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,26 @@ def test_the_self_made_pair_is_one_that_the_product_takes(tmp_path: Path) -> Non
         x509.SubjectAlternativeName
     )
     assert names.value.get_values_for_type(x509.DNSName) == [PEER_NAME]
+
+
+@pytest.mark.parametrize("tls", ["", "front-pair"])
+def test_the_batch_service_is_called_through_the_fronts_service(tls: str) -> None:
+    sets = ("front.service.grpcPort=9100", f"front.tls.existingSecret={json.dumps(tls)}")
+    docs = chart.render("values.yaml", sets)
+    ports = {p["name"]: p for p in chart.one(docs, "Service", "-front")["spec"]["ports"]}
+    assert (ports["grpc"]["port"], ports["grpc"]["targetPort"]) == (9100, 9000)
+    (container,) = chart.group(docs, "front")["template"]["spec"]["containers"]
+    assert {"name": "grpc", "containerPort": 9000} in container["ports"]
+    args = chart.serve_config(docs)["applications"][2]["args"]
+    # As on a pod, where it listens at the pod's address.
+    env = {"PENSTOCK_FRONT__HOST": "10.1.2.3", "PENSTOCK_FRONT__API_KEY": "sk-x"}
+    assert {v["name"] for v in container["env"]} >= set(env)
+    config = resolve(settings=args, env=env).config
+    assert config.batch.grpc_port == 9000
+    assert (config.front.tls_cert is not None) == bool(tls)
+    policy = chart.one(docs, "NetworkPolicy", "-front")["spec"]["ingress"][0]
+    assert [port["port"] for port in policy["ports"]] == [8000, 9000]
+    for version in chart.KUBERNETES:
+        for doc in docs:
+            if doc["apiVersion"] not in chart.FOREIGN:
+                chart.validate(doc, version)

@@ -75,6 +75,9 @@ spec:
       ports:
         - {name: serve, containerPort: 8000}
         - {name: metrics, containerPort: 8080}
+        {{- if and (eq $name "front") $root.Values.front.service.grpcPort }}
+        - {name: grpc, containerPort: 9000}
+        {{- end }}
       {{- end }}
       {{- include "penstock.rayProbes" (list $root $name) | nindent 6 }}
       lifecycle:
@@ -108,6 +111,11 @@ spec:
   valueFrom: {fieldRef: {fieldPath: status.podIP}}
 {{ include "penstock.redisUrlEnv" $root }}
 {{- if eq $name "front" }}
+{{- if $root.Values.front.service.grpcPort }}
+# Where the gRPC batch service listens.
+- name: PENSTOCK_FRONT__HOST
+  valueFrom: {fieldRef: {fieldPath: status.podIP}}
+{{- end }}
 - name: PENSTOCK_FRONT__CLUSTER_KEY
   valueFrom: {secretKeyRef: {name: {{ include "penstock.secretName" $root }}, key: cluster-key}}
 {{- if and $root.Values.front.auth.enabled (not $root.Values.front.auth.keysFileSecret) }}
