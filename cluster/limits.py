@@ -142,8 +142,8 @@ INSIDE = (
           "tests/prefill/test_prefill_worker.py::"
           "test_a_full_line_is_refused_with_a_time_to_come_back"),
     Limit("the store's memory", "kvstore.memory_bytes", "oldest unleased objects go",
-          "tests/kvstore/test_catalog.py::"
-          "test_victims_are_the_shortest_head_that_frees_enough", "bytes"),
+          "tests/kvstore/test_policy.py::"
+          "test_victims_are_idle_enough_and_never_more_than_needed", "bytes"),
     Limit("an object of the store", "kvstore.max_object_bytes", "refused",
           "tests/kvstore/test_catalog.py::test_what_nobody_can_take_is_refused_for_good", "bytes"),
     Limit("leases", "kvstore.max_leases", "`RESOURCE_EXHAUSTED`",
