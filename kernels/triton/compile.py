@@ -131,17 +131,19 @@ def _source(each: Launch) -> ASTSource:
     consts = dict(each.consts)
     attrs: dict[tuple[int, ...], list[list[Any]]] = {}
     runtime = iter(each.args)
+    plain = {param.name for param in each.kernel.params if param.do_not_specialize}
     for position, name in enumerate(names):
         if name in each.consts:
             signature[name] = "constexpr"
             continue
         value = next(runtime)
         # The JIT does the same at run time: None and 1 become constants, multiples of 16 are told.
-        if value is None or (isinstance(value, int) and value == 1):
+        special = name not in plain
+        if value is None or (special and isinstance(value, int) and value == 1):
             signature[name], consts[name] = "constexpr", value
             continue
         signature[name], aligned = _type(value)
-        if aligned:
+        if aligned and special:
             attrs[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=each.kernel, signature=signature, constexprs=consts, attrs=attrs)
 

@@ -18,6 +18,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 Grid = tuple[int, ...]
+BATCH_SIZES = ("rows", "row_tiles")
+"""Arguments that say how many rows share a call. Triton would compile a kernel of its own for 1 and
+for multiples of 16, whose sums might run in another order: class `exact` needs one for all.
+"""
 
 
 @dataclass(frozen=True)

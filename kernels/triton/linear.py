@@ -14,14 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.reference.linear import LINEAR_TILE
-from kernels.triton.launch import Case, launch, meta
+from kernels.triton.launch import BATCH_SIZES, Case, launch, meta
 
 _STEP = 64
 _NEAR = 8
 """Token tiles that walk a weight together, so that it is read from the second-level cache."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _linear(
     x, weight, out, rows, outputs, inputs, groups, row_tiles,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, NEAR: tl.constexpr,

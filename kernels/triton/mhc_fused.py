@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import Case, launch, meta
+from kernels.triton.launch import BATCH_SIZES, Case, launch, meta
 from kernels.triton.numerals import split3
 
 _TOKENS = 16
@@ -24,7 +24,7 @@ _GATE_TOKENS = 8
 _GATE_COLUMNS = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _project(
     streams, y, post, comb, new, fn, partial, rows, width,
     TOKENS: tl.constexpr, RANGE: tl.constexpr, STEP: tl.constexpr, S: tl.constexpr,
@@ -69,7 +69,7 @@ def _project(
         tl.store(partial + at, total, mask=real[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _collapse(
     streams, partial, scale, base, x, post, comb, rows, width, ranges, inverse,
     eps: tl.float32, norm_eps: tl.float32,

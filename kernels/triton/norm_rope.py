@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.reference.pages import KvPages
-from kernels.triton.launch import Case, launch, meta
+from kernels.triton.launch import BATCH_SIZES, Case, launch, meta
 from kernels.triton.numerals import rotated
 from kernels.triton.quantize_kv import store_kv
 
@@ -53,7 +53,7 @@ def normed(
     return turn(value, other, angle_row, cos, sin, C, PAIRS, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _norm_rope(
     x, weight, cos, sin, out, rows, heads, eps: tl.float32,
     ROWS: tl.constexpr, C: tl.constexpr, PAIRS: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -65,7 +65,7 @@ def _norm_rope(
     tl.store(out + at, value.to(out.dtype.element_ty), mask=(row < rows)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _norm_rope_quantize(
     x, weight, cos, sin, slots, pages, rows, page_bytes, page_rows, eps: tl.float32,
     ROWS: tl.constexpr, C: tl.constexpr, NOPE: tl.constexpr, PAIRS: tl.constexpr,

@@ -64,6 +64,38 @@ def test_production_configurations_compile_for_hopper() -> None:
     }
 
 
+_ONE_BINARY = """
+import torch
+from kernels.triton import linear, mhc_fused, norm_rope
+from kernels.triton.compile import _source
+from kernels.triton.launch import meta, recording
+
+def f32(*shape):
+    return meta(*shape, dtype=torch.float32)
+
+found = set()
+for rows in (1, 5, 16, 70):
+    with recording() as launches:
+        linear.linear(meta(rows, 1, 1024), meta(1, 512, 1024), dtype=torch.float32)
+        norm_rope.norm_rope(
+            meta(rows, 64, 512), None, f32(rows, 32), f32(rows, 32), eps=1e-6, dtype=torch.float16
+        )
+        mhc_fused.mhc_pre(
+            meta(rows, 4, 4096), f32(24, 16384), f32(3), f32(24), iters=20, eps=1e-6, norm_eps=1e-6
+        )
+    found.add(tuple(_source(each).hash() for each in launches))
+assert len(found) == 1, found
+"""
+
+
+def test_one_row_and_many_run_the_same_binary() -> None:
+    """Triton would compile another one for counts of 1 and of multiples of 16."""
+    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", _ONE_BINARY]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_process_that_interprets_says_so() -> None:
     environ = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "kernels.triton.compile"]

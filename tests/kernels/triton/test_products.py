@@ -129,3 +129,22 @@ def test_rows_whose_last_scale_group_is_cut_short(seed: int, nope: int) -> None:
     assert values.data_ptr() == into.data_ptr()
     exact = REFERENCE.dequantize_gather(found, slots, layout, dtype=torch.float32)
     assert torch.equal(values, exact)
+
+
+@examples(2)
+@given(seed=SEEDS, nope=st.sampled_from([96, 112]), heavy=st.sampled_from([0, 64]))
+def test_decode_attention_over_such_rows(seed: int, nope: int, heavy: int) -> None:
+    draw = Draw(seed)
+    layouts = KvPages(page_rows=24, dim=128, nope=nope), KvPages(page_rows=2, dim=128, nope=nope)
+    args: list[object] = []
+    for layout, slots in zip(layouts, (64, heavy), strict=True):
+        pages = torch.zeros(48 // layout.page_rows, layout.page_bytes, dtype=torch.uint8)
+        rows = torch.arange(48, dtype=torch.int32)
+        REFERENCE.quantize_kv(draw.normal(48, 128), rows, pages, layout)
+        args += [pages, draw.integers(-1, 48, 2, slots), layout]
+    q, sink = draw.normal(2, 2, 128, dtype=torch.float16), draw.normal(2)
+    turn = draw.normal(2, (128 - nope) // 2)
+    args += [sink, turn.cos(), turn.sin()]
+    found = TRITON.decode_attention(q, *args, scale=0.1)
+    exact = REFERENCE.decode_attention(q.double(), *args, scale=0.1)
+    assert distance(found, exact) < 2e-3
