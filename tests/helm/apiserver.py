@@ -94,7 +94,7 @@ class ApiServer:
         self._version = 0
         handler = type("Handler", (_Handler,), {"server_of": self})
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
         self.address = f"http://127.0.0.1:{self._http.server_port}"
 
     def kubeconfig(self, folder: Path) -> Path:
