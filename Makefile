@@ -32,6 +32,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/buf lint
+	$(BIN)/python -m tests.security.audit
 
 bench: setup
 	mkdir -p results
