@@ -33,6 +33,7 @@ _POINTER, _COUNT, _FLOAT, _FLAG = (
 )
 _P, _N, _F, _B = _POINTER, _COUNT, _FLOAT, _FLAG
 _SIGNATURES: dict[str, tuple[type, ...]] = {
+    "ps_keep_memory": (),
     "ps_pack": (_P, _N, _N, _B, _P),
     "ps_product": (_P, _N, _N, _P, _B, _N, _N, _P, _N),
     "ps_enter": (_P, _N, _N, _P, _P, _P, _P, _F, _F, _N, _P, _P, _P),
@@ -120,8 +121,8 @@ class NativeOps(ReferenceOps):
     """See the module. Inputs must be fp32 and on the CPU."""
 
     row_multiple = 1
-    # Scores are made in panels: there is no buffer of products to bound.
-    most_index_products = 1 << 30
+    # Scores are made in panels, without a buffer of products: this bounds the rows of a tile.
+    most_index_products = 1 << 20
 
     def __init__(self) -> None:
         library = load_library()
@@ -135,6 +136,8 @@ class NativeOps(ReferenceOps):
             if name in _MAY_FAIL:
                 function.errcheck = _no_memory
         self._lib = lib
+        # Of the whole process, like its allocator.
+        lib.ps_keep_memory()
         self._check()
 
     def _check(self) -> None:

@@ -4,6 +4,9 @@
  * Weights are packed in panels of 32 columns ([N/32][K][32], zeros at the end), fp32 or bf16.
  */
 #include "vec.h"
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #define WIDE 32
 #define ROW_BLOCK 240
@@ -18,6 +21,15 @@ float *ps_scratch(int slot, int64_t floats) {
         if (!kept[slot].data) kept[slot].floats = 0;
     }
     return kept[slot].data;
+}
+
+/* Buffers of a layer come and go. Left to itself the allocator gives them back to the system and
+ * takes them again, zeroed page by page: up to a sixth of a prefill. 64 MiB are kept at most. */
+PUBLIC void ps_keep_memory(void) {
+#if defined(__GLIBC__)
+    mallopt(M_MMAP_THRESHOLD, 32 << 20);
+    mallopt(M_TRIM_THRESHOLD, 64 << 20);
+#endif
 }
 
 PUBLIC void ps_pack(const float *w_NK, int64_t n, int64_t k, int bf16, void *out) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import resource
 from pathlib import Path
 
 import pytest
@@ -388,6 +389,22 @@ def test_exp_and_log_are_near_to_an_ulp_over_their_whole_range() -> None:
     wanted = torch.nn.functional.softplus(x.double()).sqrt()
     wanted = wanted / wanted.sum(1, keepdim=True)
     assert torch.allclose(weights.double(), wanted, rtol=2e-6, atol=0.0)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's allocator")
+def test_buffers_are_not_taken_from_the_system_again_and_again() -> None:
+    """Opening the kernels keeps freed memory: new pages cost more than what is computed in them."""
+
+    def come_and_go(times: int) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(times):
+            buffers = [torch.ones(1 << 21) for _ in range(3)]
+            del buffers
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    come_and_go(2)
+    # 24 MiB are 6,144 pages, each time.
+    assert come_and_go(10) < 6144
 
 
 def test_no_compiler_is_one_sentence(tmp_path: object) -> None:
