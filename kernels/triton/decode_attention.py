@@ -197,6 +197,14 @@ def decode_attention(
         )
     if (window_layout.dim, window_layout.nope) != (entry_layout.dim, entry_layout.nope):
         raise ValueError("both caches must have rows of one format")
+    half, nope = channels // 2, window_layout.nope
+    above = nope - half
+    pieces = (half, above // 128 * 128, above % 128, channels - nope)
+    if above < 0 or any(piece & (piece - 1) for piece in pieces):
+        raise ValueError(
+            f"rows of {nope} e4m3 of {channels} channels are cut into tiles of {pieces}; each must "
+            "be 0 or a power of two"
+        )
     block_h = tile_heads or min(32, fitting_heads(heads))
     if block_h not in (16, 32):
         raise ValueError(f"tile_heads is {tile_heads}; it must be 16 or 32")
