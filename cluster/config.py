@@ -153,6 +153,9 @@ class KvStoreSection(StoreConfig):
 
     memory_bytes: Size = Field(default=2 << 30, ge=1)
     max_object_bytes: Size = Field(default=1 << 28, ge=1)
+    disk_bytes: Size = Field(default=0, ge=0)
+    disk_extent_bytes: Size = Field(default=32 << 20, ge=1 << 16)
+    disk_queue_bytes: Size = Field(default=256 << 20, ge=0)
 
 
 class ParallelSection(Section):

@@ -10,7 +10,7 @@ owner has left goes with its last lease or reader.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.leases import LeaseTable
@@ -40,6 +40,8 @@ class Entry:
     digest: bytes
     retained: bool
     """Someone put it as a lasting object; a rolling slot that moves on leaves it alone."""
+    parent: bytes
+    position: int
     last_owner: str
     """Who leased or put it last; another one is a use in the policy's sense."""
     readers: int = 0
@@ -174,6 +176,8 @@ class Catalog:
             reservation.size_bytes,
             digest,
             retained=not rolling,
+            parent=parent,
+            position=position,
             last_owner=owner,
         )
         self._entries[entry.id] = entry
@@ -213,7 +217,45 @@ class Catalog:
     def close_read(self, entry: Entry) -> None:
         entry.readers -= 1
         self._readers -= 1
-        self._let_go(entry)
+        if self._entries.get(entry.id) is entry:
+            self._let_go(entry)
+
+    # From and to another tier
+
+    def restore(
+        self, objects: Iterable[tuple[bytes, ObjectKind, int, bytes, bytes, int]]
+    ) -> list[bytes]:
+        """Objects that were here before a restart, as (id, kind, bytes, digest, parent, position):
+        idle, not checked against the budget; `trim` does that at the end. Ids that were fresh.
+        """
+        fresh = []
+        for id_, kind, size_bytes, digest, parent, position in objects:
+            if id_ in self._entries:
+                continue
+            self._entries[id_] = Entry(id_, kind, size_bytes, digest, True, parent, position, "")
+            self._used_bytes += size_bytes
+            self._policy.insert(Resident(id_, parent, kind, size_bytes, position))
+            self._policy.free(id_)
+            fresh.append(id_)
+        return fresh
+
+    def trim(self) -> None:
+        """Evict until the budget holds; all of it fits if nothing is held."""
+        need_bytes = self._used_bytes + self._reserved_bytes - self.limits.capacity_bytes
+        need_objects = len(self._entries) + len(self._reservations) - self.limits.max_objects
+        need_bytes = min(need_bytes, self._policy.idle_bytes)
+        need_objects = min(need_objects, self._policy.idle_objects)
+        if need_bytes > 0 or need_objects > 0:
+            self._evict(self._policy.victims(need_bytes=need_bytes, need_objects=need_objects))
+
+    def discard(self, id_: bytes) -> None:
+        """Drop an object that turned out to be damaged, whoever leases or reads it."""
+        entry = self._entries.get(id_)
+        if entry is None:
+            return
+        for owner in self._leases.holders(id_):
+            self._leases.drop(owner, id_)
+        self._remove(entry)
 
     # Leases
 
@@ -306,9 +348,12 @@ class Catalog:
                 f"{self.limits.capacity_bytes} bytes are leased, read or being written, and "
                 f"{size_bytes} more do not fit"
             )
-        for id_ in victims:
+        self._evict(victims)
+
+    def _evict(self, victims: list[bytes] | None) -> None:
+        for id_ in victims or ():
             self._remove(self._entries[id_])
-        self._evictions += len(victims)
+            self._evictions += 1
 
     def _remove(self, entry: Entry) -> None:
         del self._entries[entry.id]

@@ -23,6 +23,18 @@ class StoreConfig(BaseModel):
     """Name in the index; empty: a random one for each start."""
     memory_bytes: int = Field(default=1 << 30, ge=1)
     """Budget of the memory tier: payload and headers of all objects, reservations included."""
+    disk_bytes: int = Field(default=0, ge=0)
+    """Size of the disk tier, holes and a file under compaction included; 0: none."""
+    disk_dir: str = ""
+    """Its folder, this node's alone; empty: `penstock/kv` in the user's cache folder."""
+    disk_extent_bytes: int = Field(default=32 << 20, ge=1 << 16)
+    """Size of one file of the disk tier."""
+    disk_queue_bytes: int = Field(default=256 << 20, ge=0)
+    """Most bytes waiting for the disk; beyond it objects stay in memory alone."""
+    disk_readers: int = Field(default=4, ge=1, le=64)
+    """Reads of the disk at once."""
+    disk_sync_s: float = Field(default=1.0, gt=0)
+    """What a power cut may lose; a killed process loses nothing that was written."""
     eviction: Eviction = Eviction.REUSE
     """Which objects leave a full store first."""
     max_object_bytes: int = Field(default=1 << 28, ge=1)
@@ -61,6 +73,16 @@ class StoreConfig(BaseModel):
     """Most index entries announced in a second after the index was lost."""
     max_pending_announcements: int = Field(default=65_536, ge=1)
     """Beyond this many unsent changes the node forgets them and announces everything again."""
+
+    @model_validator(mode="after")
+    def _disk_has_room(self) -> StoreConfig:
+        least = 8 * self.disk_extent_bytes
+        if self.disk_bytes and self.disk_bytes < least:
+            raise ValueError(
+                f"disk_bytes ({self.disk_bytes}) must be 0 or at least 8 files of "
+                f"disk_extent_bytes, {least}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _chunk_fits_message(self) -> StoreConfig:

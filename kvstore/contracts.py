@@ -66,6 +66,20 @@ class StoreStat:
     misses: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
+    disk_capacity_bytes: int = 0
+    """0: no disk tier. Live bytes that it may hold; its files are larger by their holes."""
+    disk_used_bytes: int = 0
+    disk_file_bytes: int = 0
+    disk_queued_bytes: int = 0
+    disk_objects: int = 0
+    disk_leases: int = 0
+    disk_evictions: int = 0
+    disk_hits: int = 0
+    disk_written_bytes: int = 0
+    disk_read_bytes: int = 0
+    disk_skipped: int = 0
+    disk_errors: int = 0
+    disk_quarantined: int = 0
 
 
 class BlockStore(Protocol):

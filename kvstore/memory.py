@@ -16,7 +16,7 @@ class MemoryTier:
     def size_bytes(self) -> int:
         return sum(len(view) for view in self._objects.values())
 
-    def store(self, id_: bytes, data: bytearray) -> None:
+    def store(self, id_: bytes, data: bytearray | memoryview) -> None:
         """Takes over `data`; nobody writes to it from now on."""
         self._objects[id_] = memoryview(data).toreadonly()
 

@@ -1,4 +1,7 @@
-"""The node's core without any wire: catalogue, memory tier, waiters and counters in one place.
+"""The node's core without any wire: catalogue, tiers, waiters and counters in one place.
+
+An object is in memory, on disk, or in both; leases hold in both. What is asked for and only on disk
+comes back to memory, as long as memory has room that nobody holds.
 
 Belongs to one event loop. The gRPC service and the in-process fake are two thin skins over it.
 """
@@ -6,20 +9,24 @@ Belongs to one event loop. The gRPC service and the in-process fake are two thin
 from __future__ import annotations
 
 import asyncio
+import operator
 import time
 from collections.abc import Callable, Sequence
-
-from blake3 import blake3
+from dataclasses import replace
 
 from kvstore.announcer import Announcer
 from kvstore.catalog import Catalog, Entry, Limits, Reservation
-from kvstore.codec import DIGEST_BYTES, check_id, object_kind, read_header
+from kvstore.codec import check_id, object_kind
 from kvstore.config import MAX_IDS_PER_CALL, StoreConfig
-from kvstore.contracts import Buffer, Index, StoreStat
+from kvstore.contracts import Index, StoreStat
+from kvstore.disk.log import Place
+from kvstore.disk.open import open_disk
+from kvstore.disk.tier import DiskTier
 from kvstore.memory import MemoryTier
 from kvstore.policy.choice import open_policy
+from kvstore.transfer import OpenGet, OpenPut
 from penstock.blocks import BLOCK_TOKENS, ObjectKind
-from penstock.errors import BlockIntegrityError, InvalidRequestError, OverloadedError
+from penstock.errors import InvalidRequestError, OverloadedError
 from protos.penstock.kv.v1 import kv_pb2
 
 MAX_OWNER_CHARS = 256
@@ -49,6 +56,8 @@ class StoreNode:
         policy = open_policy(config.eviction, config.memory_bytes)
         self._catalog = Catalog(limits, policy=policy, clock=clock)
         self._memory = MemoryTier()
+        self._disk: DiskTier | None = None
+        self._clock = clock
         self._waiters: dict[bytes, set[asyncio.Future[None]]] = {}
         self._open_gets = 0
         self._integrity_failures = 0
@@ -63,24 +72,53 @@ class StoreNode:
                 config,
                 node_id=node_id,
                 epoch=self.epoch,
-                ids=self._catalog.ids,
+                ids=self._ids,
                 size_of=self._size_of,
             )
 
+    async def start(self) -> None:
+        """Open the disk tier, if there is one; its objects appear within seconds.
+
+        Raises UsageError for a folder that cannot be used, or is in use by another node.
+        """
+        if self.config.disk_bytes:
+            self._disk = await asyncio.to_thread(
+                open_disk,
+                self.config,
+                clock=self._clock,
+                added=self._on_disk,
+                removed=self._off_disk,
+            )
+            self._disk.start()
+
+    async def close(self) -> None:
+        """Write to disk what waits for it. Idempotent."""
+        disk, self._disk = self._disk, None
+        if disk is not None:
+            await disk.close()
+
     def has(self, ids: Sequence[bytes]) -> list[bool]:
         check_ids(ids)
-        return self._catalog.has(ids)
+        present = self._catalog.has(ids)
+        if self._disk is not None:
+            present = list(map(operator.or_, present, self._disk.catalog.has(ids)))
+        return present
 
     def lease(self, ids: Sequence[bytes], *, owner: str, ttl_s: float) -> list[bool]:
         check_ids(ids)
         check_owner(owner, needed=ttl_s > 0)
         held = self._catalog.lease(owner, ids, ttl_s)
+        if self._disk is not None:
+            held = list(map(operator.or_, held, self._disk.lease(owner, ids, ttl_s)))
         self._let_go()
         return held
 
     def release(self, owner: str) -> int:
+        """Leases dropped; an object in both tiers counts once for each."""
         check_owner(owner, needed=True)
         released = self._catalog.release(owner)
+        if self._disk is not None:
+            released += self._disk.release(owner)
         self._let_go()
         return released
 
@@ -91,7 +129,7 @@ class StoreNode:
         check_id(id_)
         check_owner(owner, needed=rolling or ttl_s > 0)
         object_kind_ = object_kind(kind)
-        if self._catalog.adopt(id_, owner=owner, ttl_s=ttl_s, rolling=rolling):
+        if self._adopt(id_, owner=owner, ttl_s=ttl_s, rolling=rolling):
             self._let_go()
             return None
         if self._catalog.usage().reservations >= self.config.max_open_puts:
@@ -114,12 +152,12 @@ class StoreNode:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + min(wait_s, self.config.max_wait_s)
         while True:
-            self._catalog.lease(owner, [id_], ttl_s)
-            entry = self._catalog.open_read(id_)
-            self._let_go()
-            if entry is not None:
+            found = self._from_memory(id_, owner=owner, ttl_s=ttl_s)
+            if found is None and self._disk is not None:
+                found = await self._from_disk(self._disk, id_, owner=owner, ttl_s=ttl_s)
+            if found is not None:
                 self.hits += 1
-                return OpenGet(self, entry)
+                return found
             if loop.time() >= deadline:
                 self.misses += 1
                 return None
@@ -128,8 +166,8 @@ class StoreNode:
     def stat(self) -> StoreStat:
         usage = self._catalog.usage()
         self._let_go()
-        announcer = self.announcer
-        return StoreStat(
+        announcer, disk = self.announcer, self._disk
+        stat = StoreStat(
             epoch=self.epoch,
             capacity_bytes=self.config.memory_bytes,
             used_bytes=usage.used_bytes,
@@ -148,17 +186,143 @@ class StoreNode:
             bytes_in=self.bytes_in,
             bytes_out=self.bytes_out,
         )
+        if disk is None:
+            return stat
+        return replace(stat, **disk.figures())
+
+    # What an `OpenPut` asks of its keeper
+
+    def keep(
+        self, put: OpenPut, data: bytearray, digest: bytes, header: kv_pb2.ObjectHeader
+    ) -> bool:
+        id_, kind = put.reservation.id, put.reservation.kind
+        position = header.index
+        if kind is ObjectKind.BLOCK:
+            position = (header.index + 1) * BLOCK_TOKENS
+        fresh = self._catalog.commit(
+            put.reservation,
+            digest=digest,
+            owner=put.owner,
+            ttl_s=put.ttl_s,
+            rolling=put.rolling,
+            parent=header.parent,
+            position=position,
+        )
+        if fresh:
+            self._memory.store(id_, data)
+            self.bytes_in += len(data)
+            self._appeared(id_)
+        if not put.rolling:
+            self._spill(id_, owner=put.owner)
+        self._let_go()
+        return fresh
+
+    def give_up(self, reservation: Reservation) -> None:
+        self._catalog.abort(reservation)
+
+    def refused(self) -> None:
+        self._integrity_failures += 1
+
+    # Inside
+
+    def _adopt(self, id_: bytes, *, owner: str, ttl_s: float, rolling: bool) -> bool:
+        """Is it there already? Then it is leased to `owner`, wherever it is."""
+        if self._catalog.adopt(id_, owner=owner, ttl_s=ttl_s, rolling=rolling):
+            if not rolling:
+                self._spill(id_, owner=owner)
+            return True
+        return self._disk is not None and any(self._disk.lease(owner, [id_], ttl_s))
+
+    def _spill(self, id_: bytes, *, owner: str) -> None:
+        entry = self._catalog.entry(id_)
+        if self._disk is not None and entry is not None:
+            place = Place(
+                id_, entry.kind, entry.parent, entry.position, entry.digest, 0, 0, entry.size_bytes
+            )
+            self._disk.spill(place, self._memory.read(id_), owner=owner)
+
+    def _from_memory(self, id_: bytes, *, owner: str, ttl_s: float) -> OpenGet | None:
+        self._catalog.lease(owner, [id_], ttl_s)
+        entry = self._catalog.open_read(id_)
+        self._let_go()
+        if entry is None:
+            return None
+
+        def done(sent: int) -> None:
+            self.bytes_out += sent
+            self._catalog.close_read(entry)
+            self._let_go()
+
+        return OpenGet(entry.kind, entry.digest, self._memory.read(id_), done)
+
+    async def _from_disk(
+        self, disk: DiskTier, id_: bytes, *, owner: str, ttl_s: float
+    ) -> OpenGet | None:
+        disk.lease(owner, [id_], ttl_s)
+        read = await disk.read(id_)
+        if read is None:
+            # Another reader may have brought it to memory, or quarantined it, meanwhile.
+            return self._from_memory(id_, owner=owner, ttl_s=ttl_s)
+        entry, data = read
+        self._promote(entry, data, owner=owner, ttl_s=ttl_s)
+
+        def done(sent: int) -> None:
+            self.bytes_out += sent
+
+        return OpenGet(entry.kind, entry.digest, data, done)
+
+    def _promote(self, entry: Entry, data: memoryview, *, owner: str, ttl_s: float) -> None:
+        """Into memory, unless everything there is held: then it is served from disk again."""
+        try:
+            reservation = self._catalog.reserve(entry.id, entry.kind, entry.size_bytes)
+        except OverloadedError:
+            return
+        fresh = self._catalog.commit(
+            reservation,
+            digest=entry.digest,
+            owner=owner,
+            ttl_s=ttl_s,
+            rolling=False,
+            parent=entry.parent,
+            position=entry.position,
+        )
+        if fresh:
+            self._memory.store(entry.id, data)
+        self._let_go()
+
+    def _ids(self) -> list[bytes]:
+        ids = self._catalog.ids()
+        if self._disk is not None:
+            ids = list(dict.fromkeys([*ids, *self._disk.catalog.ids()]))
+        return ids
 
     def _size_of(self, id_: bytes) -> int | None:
         entry = self._catalog.entry(id_)
+        if entry is None and self._disk is not None:
+            entry = self._disk.catalog.entry(id_)
         return None if entry is None else entry.size_bytes
 
     def _let_go(self) -> None:
         """Effects of what the catalogue dropped; in the same step, so nobody sees a half."""
         for id_ in self._catalog.take_dropped():
             self._memory.drop(id_)
-            if self.announcer is not None:
+            if self.announcer is not None and self._size_of(id_) is None:
                 self.announcer.removed(id_)
+
+    def _on_disk(self, id_: bytes) -> None:
+        if self._catalog.entry(id_) is None:
+            self._appeared(id_)
+
+    def _off_disk(self, id_: bytes) -> None:
+        if self.announcer is not None and self._catalog.entry(id_) is None:
+            self.announcer.removed(id_)
+
+    def _appeared(self, id_: bytes) -> None:
+        if self.announcer is not None:
+            self.announcer.added(id_)
+        for future in self._waiters.pop(id_, ()):
+            if not future.done():
+                future.set_result(None)
 
     async def _committed(self, id_: bytes, deadline: float) -> None:
         """Until `id_` is committed or the loop's clock shows `deadline`."""
@@ -175,119 +339,6 @@ class StoreNode:
                 waiting.discard(future)
                 if not waiting:
                     del self._waiters[id_]
-
-    def _commit(
-        self, put: OpenPut, data: bytearray, digest: bytes, header: kv_pb2.ObjectHeader
-    ) -> bool:
-        position = header.index
-        if put.reservation.kind is ObjectKind.BLOCK:
-            position = (header.index + 1) * BLOCK_TOKENS
-        fresh = self._catalog.commit(
-            put.reservation,
-            digest=digest,
-            owner=put.owner,
-            ttl_s=put.ttl_s,
-            rolling=put.rolling,
-            parent=header.parent,
-            position=position,
-        )
-        if fresh:
-            id_ = put.reservation.id
-            self._memory.store(id_, data)
-            self.bytes_in += len(data)
-            if self.announcer is not None:
-                self.announcer.added(id_)
-            for future in self._waiters.pop(id_, ()):
-                if not future.done():
-                    future.set_result(None)
-        self._let_go()
-        return fresh
-
-
-class OpenPut:
-    """One object being written. Ends by `commit` or `abort`; `abort` may always be called again."""
-
-    def __init__(
-        self,
-        node: StoreNode,
-        reservation: Reservation,
-        *,
-        owner: str,
-        ttl_s: float,
-        rolling: bool,
-    ) -> None:
-        self.reservation = reservation
-        self.owner = owner
-        self.ttl_s = ttl_s
-        self.rolling = rolling
-        self._node = node
-        self._data = bytearray(reservation.size_bytes)
-        self._filled = 0
-        self._hasher = blake3()
-
-    def write(self, chunk: Buffer) -> None:
-        """Append bytes. Raises InvalidRequestError beyond the reserved size."""
-        end = self._filled + len(chunk)
-        if end > len(self._data):
-            raise InvalidRequestError(f"more data than the {len(self._data)} bytes reserved")
-        self._data[self._filled : end] = chunk
-        self._filled = end
-        self._hasher.update(chunk)
-
-    def commit(self, digest: bytes) -> bool:
-        """True if this made the object visible. The bytes are given back if it fails.
-
-        Raises InvalidRequestError for a short object, BlockIntegrityError for wrong bytes.
-        """
-        try:
-            if self._filled != len(self._data):
-                raise InvalidRequestError(
-                    f"commit after {self._filled} of {len(self._data)} reserved bytes"
-                )
-            if len(digest) != DIGEST_BYTES:
-                raise InvalidRequestError(f"a digest has {DIGEST_BYTES} bytes, not {len(digest)}")
-            header = self._check(digest)
-            return self._node._commit(self, self._data, digest, header)
-        finally:
-            self.abort()
-
-    def abort(self) -> None:
-        self._node._catalog.abort(self.reservation)
-
-    def _check(self, digest: bytes) -> kv_pb2.ObjectHeader:
-        try:
-            if self._hasher.digest() != digest:
-                raise BlockIntegrityError("the object's bytes do not match the digest of commit")
-            header, _ = read_header(self._data)
-            kind = object_kind(header.kind)
-            if header.id != self.reservation.id or kind is not self.reservation.kind:
-                raise BlockIntegrityError("the object's header does not match its reservation")
-            return header
-        except (BlockIntegrityError, InvalidRequestError):
-            self._node._integrity_failures += 1
-            raise
-
-
-class OpenGet:
-    """One object being read: pinned until `close`, which may be called again."""
-
-    def __init__(self, node: StoreNode, entry: Entry) -> None:
-        self._node = node
-        self._entry = entry
-        self._open = True
-        self.digest = entry.digest
-        self.data = node._memory.read(entry.id)
-
-    @property
-    def kind(self) -> ObjectKind:
-        return self._entry.kind
-
-    def close(self) -> None:
-        if self._open:
-            self._open = False
-            self._node.bytes_out += len(self.data)
-            self._node._catalog.close_read(self._entry)
-            self._node._let_go()
 
 
 def check_ids(ids: Sequence[bytes]) -> None:

@@ -72,6 +72,7 @@ class StoreServer:
             await asyncio.gather(self._announcing, return_exceptions=True)
             self._announcing = None
         await self._index.close()
+        await self.node.close()
         await self._tracer.close()
 
 
@@ -80,8 +81,8 @@ async def start_server(
 ) -> StoreServer:
     """A node that serves on `.address` (its real port) those that `peers` admits.
 
-    Raises UsageError for an address that cannot be bound or unreadable certificates,
-    IndexUnavailableError for a Redis that does not answer.
+    Raises UsageError for an address that cannot be bound, unreadable certificates or a disk folder
+    that cannot be used, IndexUnavailableError for a Redis that does not answer.
     """
     gates = transport.gates(peers)
     node_id = config.node_id or f"node-{uuid.uuid4().hex[:12]}"
@@ -106,6 +107,7 @@ async def start_server(
     )
     running: StoreServer | None = None
     try:
+        await node.start()
         exporter = HttpExporter(meters, telemetry)
         address = _bind(server, config.listen, peers)
         running = StoreServer(node, index, server, address, exporter, tracer)
@@ -113,6 +115,7 @@ async def start_server(
     except (UsageError, IndexUnavailableError) as error:
         await server.stop(None)
         await index.close()
+        await node.close()
         if isinstance(error, UsageError):
             raise
         # Later the node does without it; at the start a wrong address must not go unnoticed.

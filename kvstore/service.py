@@ -8,8 +8,9 @@ from typing import Any
 
 import grpc
 
-from kvstore.node import OpenGet, OpenPut, StoreNode, check_ids, check_owner
+from kvstore.node import StoreNode, check_ids, check_owner
 from kvstore.rpc import abort_with, parse, unary
+from kvstore.transfer import OpenGet, OpenPut
 from kvstore.wire import data_of, encode_data
 from penstock.errors import DeadlineError, InvalidRequestError, PenstockError
 from penstock.telemetry import logs, trace

@@ -528,6 +528,19 @@ class StatResponse(_message.Message):
     MISSES_FIELD_NUMBER: _builtins.int
     BYTES_IN_FIELD_NUMBER: _builtins.int
     BYTES_OUT_FIELD_NUMBER: _builtins.int
+    DISK_CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_USED_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_FILE_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_QUEUED_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_OBJECTS_FIELD_NUMBER: _builtins.int
+    DISK_LEASES_FIELD_NUMBER: _builtins.int
+    DISK_EVICTIONS_FIELD_NUMBER: _builtins.int
+    DISK_HITS_FIELD_NUMBER: _builtins.int
+    DISK_WRITTEN_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_READ_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_SKIPPED_FIELD_NUMBER: _builtins.int
+    DISK_ERRORS_FIELD_NUMBER: _builtins.int
+    DISK_QUARANTINED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     capacity_bytes: _builtins.int
     used_bytes: _builtins.int
@@ -545,6 +558,20 @@ class StatResponse(_message.Message):
     misses: _builtins.int
     bytes_in: _builtins.int
     bytes_out: _builtins.int
+    disk_capacity_bytes: _builtins.int
+    """The disk tier; all 0 without one."""
+    disk_used_bytes: _builtins.int
+    disk_file_bytes: _builtins.int
+    disk_queued_bytes: _builtins.int
+    disk_objects: _builtins.int
+    disk_leases: _builtins.int
+    disk_evictions: _builtins.int
+    disk_hits: _builtins.int
+    disk_written_bytes: _builtins.int
+    disk_read_bytes: _builtins.int
+    disk_skipped: _builtins.int
+    disk_errors: _builtins.int
+    disk_quarantined: _builtins.int
     def __init__(
         self,
         *,
@@ -565,10 +592,23 @@ class StatResponse(_message.Message):
         misses: _builtins.int = ...,
         bytes_in: _builtins.int = ...,
         bytes_out: _builtins.int = ...,
+        disk_capacity_bytes: _builtins.int = ...,
+        disk_used_bytes: _builtins.int = ...,
+        disk_file_bytes: _builtins.int = ...,
+        disk_queued_bytes: _builtins.int = ...,
+        disk_objects: _builtins.int = ...,
+        disk_leases: _builtins.int = ...,
+        disk_evictions: _builtins.int = ...,
+        disk_hits: _builtins.int = ...,
+        disk_written_bytes: _builtins.int = ...,
+        disk_read_bytes: _builtins.int = ...,
+        disk_skipped: _builtins.int = ...,
+        disk_errors: _builtins.int = ...,
+        disk_quarantined: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_in", b"bytes_in", "bytes_out", b"bytes_out", "capacity_bytes", b"capacity_bytes", "epoch", b"epoch", "evictions", b"evictions", "hits", b"hits", "index_backend", b"index_backend", "index_healthy", b"index_healthy", "integrity_failures", b"integrity_failures", "lease_owners", b"lease_owners", "leases", b"leases", "misses", b"misses", "objects", b"objects", "open_gets", b"open_gets", "open_puts", b"open_puts", "reserved_bytes", b"reserved_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_in", b"bytes_in", "bytes_out", b"bytes_out", "capacity_bytes", b"capacity_bytes", "disk_capacity_bytes", b"disk_capacity_bytes", "disk_errors", b"disk_errors", "disk_evictions", b"disk_evictions", "disk_file_bytes", b"disk_file_bytes", "disk_hits", b"disk_hits", "disk_leases", b"disk_leases", "disk_objects", b"disk_objects", "disk_quarantined", b"disk_quarantined", "disk_queued_bytes", b"disk_queued_bytes", "disk_read_bytes", b"disk_read_bytes", "disk_skipped", b"disk_skipped", "disk_used_bytes", b"disk_used_bytes", "disk_written_bytes", b"disk_written_bytes", "epoch", b"epoch", "evictions", b"evictions", "hits", b"hits", "index_backend", b"index_backend", "index_healthy", b"index_healthy", "integrity_failures", b"integrity_failures", "lease_owners", b"lease_owners", "leases", b"leases", "misses", b"misses", "objects", b"objects", "open_gets", b"open_gets", "open_puts", b"open_puts", "reserved_bytes", b"reserved_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
