@@ -76,6 +76,7 @@ class Limit:
 _HOSTILE = "tests/cluster/test_hostile_http.py::"
 _BOUNDS = "tests/cluster/test_limits.py::"
 _WIRE = "tests/kvstore/test_wire_rules.py::"
+_DISK = "tests/kvstore/disk/test_tier.py::"
 
 CONNECTION = (
     Limit("connections of one front", "front.max_connections", "503 `too_many_connections`",
@@ -144,6 +145,10 @@ INSIDE = (
     Limit("the store's memory", "kvstore.memory_bytes", "oldest unleased objects go",
           "tests/kvstore/test_policy.py::"
           "test_victims_are_idle_enough_and_never_more_than_needed", "bytes"),
+    Limit("the store's disk", "kvstore.disk_bytes", "least valuable unleased objects go",
+          _DISK + "test_a_lease_protects_an_object_that_is_only_on_disk", "bytes"),
+    Limit("what waits for the disk", "kvstore.disk_queue_bytes", "stays in memory alone",
+          _DISK + "test_a_slow_disk_delays_nobody_and_its_queue_is_bounded", "bytes"),
     Limit("an object of the store", "kvstore.max_object_bytes", "refused",
           "tests/kvstore/test_catalog.py::test_what_nobody_can_take_is_refused_for_good", "bytes"),
     Limit("leases", "kvstore.max_leases", "`RESOURCE_EXHAUSTED`",

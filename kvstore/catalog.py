@@ -11,7 +11,7 @@ owner has left goes with its last lease or reader.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvstore.leases import LeaseTable
 from kvstore.policy.contracts import EvictionPolicy, Resident
@@ -45,7 +45,7 @@ class Entry:
     last_owner: str
     """Who leased or put it last; another one is a use in the policy's sense."""
     readers: int = 0
-    slots: set[str] = field(default_factory=set)
+    slots: frozenset[str] = frozenset()
     """Owners whose rolling slot points here."""
 
 
@@ -309,12 +309,12 @@ class Catalog:
         if before == entry.id:
             return
         self._slots[owner] = entry.id
-        entry.slots.add(owner)
+        entry.slots |= {owner}
         if before is not None:
             self._leave_slot(owner, self._entries[before])
 
     def _leave_slot(self, owner: str, entry: Entry) -> None:
-        entry.slots.discard(owner)
+        entry.slots -= {owner}
         if not entry.retained:
             self._leases.drop(owner, entry.id)
         self._let_go(entry)

@@ -27,6 +27,19 @@ SOURCES: Mapping[str, Metric] = {
     "misses": M.STORE_MISSES,
     "bytes_in": M.STORE_IN,
     "bytes_out": M.STORE_OUT,
+    "disk_capacity_bytes": M.STORE_DISK_CAPACITY,
+    "disk_used_bytes": M.STORE_DISK_USED,
+    "disk_file_bytes": M.STORE_DISK_FILES,
+    "disk_queued_bytes": M.STORE_DISK_QUEUED,
+    "disk_objects": M.STORE_DISK_OBJECTS,
+    "disk_leases": M.STORE_DISK_LEASES,
+    "disk_evictions": M.STORE_DISK_EVICTIONS,
+    "disk_hits": M.STORE_DISK_HITS,
+    "disk_written_bytes": M.STORE_DISK_WRITTEN,
+    "disk_read_bytes": M.STORE_DISK_READ,
+    "disk_skipped": M.STORE_DISK_SKIPPED,
+    "disk_errors": M.STORE_DISK_ERRORS,
+    "disk_quarantined": M.STORE_DISK_QUARANTINED,
 }
 """Metric by field of `StoreStat`."""
 

@@ -22,6 +22,12 @@ def kvstore(
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory tier, such as 4GiB.")
     ] = None,
+    disk: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of the disk tier; with --disk-size.")
+    ] = None,
+    disk_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Disk tier, such as 100GiB.")
+    ] = None,
     redis_url: Annotated[str | None, typer.Option(help="Redis as the index.")] = None,
     node_id: Annotated[
         str | None, typer.Option(help="Name in the index; a random one unless given.")
@@ -29,17 +35,22 @@ def kvstore(
     config: ConfigFile = None,
 ) -> int:
     from cluster.config import resolve
+    from penstock.errors import UsageError
 
     settings = resolve(
         {
             "kvstore.listen": listen,
             "kvstore.memory_bytes": memory,
+            "kvstore.disk_dir": disk,
+            "kvstore.disk_bytes": disk_size,
             "kvstore.redis_url": redis_url,
             "kvstore.node_id": node_id,
         },
         file=config,
     )
     cluster = settings.config
+    if disk is not None and not cluster.kvstore.disk_bytes:
+        raise UsageError("--disk needs the size of the disk tier: add --disk-size 100GiB")
     cluster.tls.check()
     from kvstore.config import StoreSpec
 

@@ -19,7 +19,6 @@ from cluster.cli.options import (
     RoundingOption,
     TensorParallel,
 )
-from penstock.errors import UsageError
 
 Model = Annotated[
     str | None,
@@ -73,7 +72,10 @@ def serve(
         str | None, typer.Option(metavar="SIZE", help="KV pages of one decode worker.")
     ] = None,
     kv_disk: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Disk tier of the KV store.")
+        str | None, typer.Option(metavar="SIZE", help="Disk tier of the KV store, such as 100GiB.")
+    ] = None,
+    kv_disk_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Its folder; default: ~/.cache/penstock/kv.")
     ] = None,
     redis_url: Annotated[str | None, typer.Option(help="Redis as the index.")] = None,
     journal_url: Annotated[
@@ -92,7 +94,6 @@ def serve(
     ] = None,
     launcher: Launcher = None,
 ) -> int:
-    refuse_unbuilt({"--kv-disk": kv_disk})
     from cluster.config import resolve
     from model.ranks.check import check_ranks
     from penstock.chat import check_encoding
@@ -119,6 +120,8 @@ def serve(
             "prefill.replicas": prefill_replicas,
             "decode.replicas": decode_replicas,
             "kvstore.memory_bytes": kv_memory,
+            "kvstore.disk_bytes": kv_disk,
+            "kvstore.disk_dir": kv_disk_dir,
             "decode.kv_memory_bytes": decode_kv_memory,
             "kvstore.redis_url": redis_url,
             "model.numerics": text(numerics),
@@ -157,10 +160,3 @@ def serve(
 
 def text(choice: Any) -> str | None:
     return None if choice is None else str(choice)
-
-
-def refuse_unbuilt(flags: dict[str, object]) -> None:
-    """A flag that would change nothing must not be taken in silence."""
-    for flag, value in flags.items():
-        if value is not None:
-            raise UsageError(f"{flag} is not built in this version; leave it out")

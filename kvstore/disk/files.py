@@ -72,10 +72,10 @@ class DiskFiles:
         placed = self._append(place, data)
         self._log.put(placed)
         before = self._places.get(placed.id)
-        self._places[placed.id] = placed
-        self._count(placed)
         if before is not None:
             self._uncount(before)
+        self._places[placed.id] = placed
+        self._count(placed)
         self._trim_log()
         return placed
 

@@ -12,6 +12,7 @@ memory. Belongs to one event loop; one thread writes, a few read.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 from collections import deque
@@ -29,7 +30,7 @@ from penstock.errors import InvalidRequestError, OverloadedError
 
 _log = logging.getLogger(__name__)
 _BATCH_BYTES = 32 << 20
-_LOAD_SLICE = 5_000
+_LOAD_SLICE = 2_000
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
 
@@ -199,6 +200,9 @@ class DiskTier:
             )
             for id_ in fresh:
                 self._added(id_)
+            # What is loaded lives as long as the process. Left to the collector, a million objects
+            # would be walked again and again, each time for a second in which nobody is served.
+            gc.freeze()
             await asyncio.sleep(0)
         self.catalog.trim()
         self.settle()

@@ -565,6 +565,101 @@ STORE_OUT = Metric(
     "store_sent_bytes_total", "counter", _STORE, "Bytes sent to readers", also=("store_bytes_out",)
 )
 
+# The store node: disk tier
+
+_NO_DISK = "it moves with a disk tier (`kvstore.disk_bytes`)"
+STORE_DISK_CAPACITY = Metric(
+    "store_disk_capacity_bytes",
+    "gauge",
+    _STORE,
+    "Live bytes that the disk tier may hold; 0: there is none",
+    still=_NO_DISK,
+)
+STORE_DISK_USED = Metric(
+    "store_disk_used_bytes",
+    "gauge",
+    _STORE,
+    "Live bytes on disk",
+    still=_NO_DISK,
+)
+STORE_DISK_FILES = Metric(
+    "store_disk_file_bytes",
+    "gauge",
+    _STORE,
+    "Size of the disk tier's files, holes included",
+    still=_NO_DISK,
+)
+STORE_DISK_QUEUED = Metric(
+    "store_disk_queued_bytes",
+    "gauge",
+    _STORE,
+    "Bytes that wait to be written to disk",
+    still=_NO_DISK,
+)
+STORE_DISK_OBJECTS = Metric(
+    "store_disk_objects",
+    "gauge",
+    _STORE,
+    "Objects on disk",
+    still=_NO_DISK,
+)
+STORE_DISK_LEASES = Metric(
+    "store_disk_leases",
+    "gauge",
+    _STORE,
+    "Leases on objects on disk",
+    still=_NO_DISK,
+)
+STORE_DISK_EVICTIONS = Metric(
+    "store_disk_evictions_total",
+    "counter",
+    _STORE,
+    "Objects evicted from disk",
+    still=_NO_DISK,
+)
+STORE_DISK_HITS = Metric(
+    "store_disk_hits_total",
+    "counter",
+    _STORE,
+    "Objects served from disk",
+    still=_NO_DISK,
+)
+STORE_DISK_WRITTEN = Metric(
+    "store_disk_written_bytes_total",
+    "counter",
+    _STORE,
+    "Bytes written to disk",
+    still=_NO_DISK,
+)
+STORE_DISK_READ = Metric(
+    "store_disk_read_bytes_total",
+    "counter",
+    _STORE,
+    "Bytes read from disk",
+    still=_NO_DISK,
+)
+STORE_DISK_SKIPPED = Metric(
+    "store_disk_skipped_total",
+    "counter",
+    _STORE,
+    "Objects that were not written because too many waited",
+    still=_NO_DISK,
+)
+STORE_DISK_ERRORS = Metric(
+    "store_disk_errors_total",
+    "counter",
+    _STORE,
+    "Reads and writes of the disk that failed",
+    still=_NO_DISK,
+)
+STORE_DISK_QUARANTINED = Metric(
+    "store_disk_quarantined_total",
+    "counter",
+    _STORE,
+    "Objects on disk that did not verify and are not used again",
+    still=_NO_DISK,
+)
+
 CATALOG: tuple[Metric, ...] = tuple(
     metric
     for value in list(globals().values())

@@ -434,6 +434,28 @@ CACHE = Dashboard(
                     "bytes",
                 ),
                 Panel(
+                    "Disk tier",
+                    "Live bytes, its files, what waits to be written, and the budget.",
+                    (
+                        (store("store_disk_used_bytes"), "used"),
+                        (store("store_disk_file_bytes"), "files"),
+                        (store("store_disk_queued_bytes"), "waiting"),
+                        (store("store_disk_capacity_bytes"), "budget"),
+                    ),
+                    "bytes",
+                ),
+                Panel(
+                    "Disk traffic",
+                    "Hits, evictions, and what was skipped or failed, in a second.",
+                    (
+                        (store_rate("store_disk_hits_total"), "hits"),
+                        (store_rate("store_disk_evictions_total"), "evictions"),
+                        (store_rate("store_disk_skipped_total"), "skipped"),
+                        (store_rate("store_disk_errors_total"), "errors"),
+                    ),
+                    "ops",
+                ),
+                Panel(
                     "Objects and leases",
                     "Leased objects are not evicted.",
                     (
