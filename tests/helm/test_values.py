@@ -256,6 +256,7 @@ def another(name: str, field: Any) -> Any:
         "model.draft_confidence": 0.5,
         "model.fake_draft_accuracy": 0.5,
         "model.max_model_len": 4096,
+        "kvstore.disk_bytes": 1 << 30,
         "batch.sources": ["file:///data/"],
         "telemetry.otlp_endpoint": "http://collector:4318",
         "telemetry.trace_ratio": 0.5,
