@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable, Mapping
 
 from fastapi import FastAPI, Request, Response
@@ -10,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from cluster.api import batches, errors, files, generate, meta, overview, page
+from cluster.api.describe import describe
 from cluster.api.inside import InsideCalls
 from cluster.api.scope import RequestScope
 from cluster.api.state import ApiState
@@ -75,6 +77,9 @@ def create_app(
     app.include_router(overview.router)
     app.include_router(page.router)
     app.add_middleware(RequestScope, state=state)
+    keyed = bool(config.keys) or config.api_keys_file is not None
+    document = functools.cache(lambda: describe(app, keyed=keyed))
+    app.openapi = document  # type: ignore[method-assign]  # FastAPI's own way to replace it
     app.add_exception_handler(PenstockError, _penstock_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _client_gone)

@@ -20,7 +20,7 @@ from kvstore.journal.contracts import File, Job, NewGroup
 from penstock.errors import InvalidRequestError, NotFoundError
 
 router = APIRouter()
-_MOST_LISTED = 100
+MOST_LISTED = 100
 _GROUPS_PER_APPEND = 1024
 
 
@@ -34,15 +34,7 @@ class BatchBody(Body):
     metadata: dict[str, Annotated[str, Field(max_length=512)]] | None = None
 
 
-_CREATE = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": BatchBody.model_json_schema()}},
-    }
-}
-
-
-@router.post("/v1/batches", openapi_extra=_CREATE)
+@router.post("/v1/batches")
 async def create(request: Request) -> Response:
     """Run every request of a file. A wrong line is refused here, with its number."""
     room, tenant = room_of(request), tenant_of(request)
@@ -107,14 +99,14 @@ async def _submitted(room: BatchRoom, job: Job, file: File, front: Any) -> Job:
 async def list_batches(request: Request) -> Response:
     """Batches, newest first."""
     room, tenant = room_of(request), tenant_of(request)
-    limit = limit_of(request.query_params.get("limit"), most=_MOST_LISTED, default=20)
+    limit = limit_of(request.query_params.get("limit"), most=MOST_LISTED, default=20)
     found: list[Job] = []
     after = request.query_params.get("after", "")
     while len(found) <= limit:
-        page = await room.journal.list_jobs(tenant, limit=_MOST_LISTED, after=after)
+        page = await room.journal.list_jobs(tenant, limit=MOST_LISTED, after=after)
         # Jobs that came through gRPC are no batches.
         found += [job for job in page if job.kind == LINES]
-        if len(page) < _MOST_LISTED:
+        if len(page) < MOST_LISTED:
             break
         after = page[-1].id
     objects = [batch_object(job) for job in found[:limit]]

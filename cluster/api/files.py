@@ -24,9 +24,9 @@ from penstock.errors import InvalidRequestError, NotFoundError
 router = APIRouter()
 PURPOSES = ("batch", "assistants", "fine-tune", "vision", "user_data", "evals")
 _UPLOAD_S = 3600.0
-_SHORTEST_EXPIRY_S = 3600
+SHORTEST_EXPIRY_S = 3600
 _MOST_FIELDS = 8
-_MOST_LISTED = 10_000
+MOST_LISTED = 10_000
 _LONGEST_NAME = 512
 _PAGE = 256
 OUTPUTS: dict[str, ItemStatus] = {"output": "succeeded", "errors": "failed"}
@@ -49,36 +49,20 @@ def as_json(content: Any) -> Response:
     return Response(orjson.dumps(content), media_type="application/json")
 
 
+def _is_number(text: str) -> bool:
+    """Python refuses to read numbers of thousands of digits."""
+    return text.isascii() and text.isdigit() and len(text) < 20
+
+
 def limit_of(text: str | None, *, most: int, default: int) -> int:
     if text is None:
         return default
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= most):
+    if not (_is_number(text) and 1 <= int(text) <= most):
         raise InvalidRequestError(f"limit must be a number from 1 to {most}", param="limit")
     return int(text)
 
 
-_UPLOAD = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "purpose": {"type": "string", "enum": list(PURPOSES)},
-                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-                        "expires_after[seconds]": {"type": "integer"},
-                    },
-                }
-            }
-        },
-    }
-}
-
-
-@router.post("/v1/files", openapi_extra=_UPLOAD)
+@router.post("/v1/files")
 async def upload(request: Request) -> Response:
     """Keep a file; for batches with the purpose `batch`, JSONL with one request a line."""
     room, tenant = room_of(request), tenant_of(request)
@@ -97,6 +81,8 @@ async def upload(request: Request) -> Response:
             f"the upload is no valid multipart/form-data: {str(error)[:200]}", param="file"
         ) from error
     try:
+        if len(form.multi_items()) != len(form):
+            raise InvalidRequestError("a field of the form is sent twice; send it once")
         upload_, purpose = form.get("file"), form.get("purpose")
         if not isinstance(upload_, UploadFile):
             raise InvalidRequestError("'file' is required", param="file")
@@ -128,11 +114,11 @@ def _kept_s(form: Any, longest_s: float) -> float:
     anchor, seconds = form.get("expires_after[anchor]"), form.get("expires_after[seconds]")
     if anchor is None and seconds is None:
         return longest_s
-    good = isinstance(seconds, str) and seconds.isascii() and seconds.isdigit()
-    if anchor != "created_at" or not good or not _SHORTEST_EXPIRY_S <= int(seconds) <= longest_s:
+    good = isinstance(seconds, str) and _is_number(seconds)
+    if anchor != "created_at" or not good or not SHORTEST_EXPIRY_S <= int(seconds) <= longest_s:
         raise InvalidRequestError(
             "expires_after must have the anchor created_at and seconds from "
-            f"{_SHORTEST_EXPIRY_S} to {longest_s:.0f}",
+            f"{SHORTEST_EXPIRY_S} to {longest_s:.0f}",
             param="expires_after",
         )
     return float(seconds)
@@ -164,7 +150,7 @@ async def _keep(
 async def list_files(request: Request) -> Response:
     """Uploaded files, newest first."""
     room, query = room_of(request), request.query_params
-    limit = limit_of(query.get("limit"), most=_MOST_LISTED, default=_MOST_LISTED)
+    limit = limit_of(query.get("limit"), most=MOST_LISTED, default=MOST_LISTED)
     purpose, order = query.get("purpose"), query.get("order", "desc")
     if order not in ("asc", "desc"):
         raise InvalidRequestError("order must be asc or desc", param="order")

@@ -32,19 +32,13 @@ from penstock.telemetry import logs, trace
 router = APIRouter()
 
 
-def _body_of(schema: type[Generation]) -> dict[str, Any]:
-    """OpenAPI for a body that the route reads by itself."""
-    content = {"application/json": {"schema": schema.model_json_schema()}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-@router.post("/v1/chat/completions", openapi_extra=_body_of(ChatBody))
+@router.post("/v1/chat/completions")
 async def chat_completions(request: Request) -> Response:
     """An answer to a conversation, whole or streamed."""
     return await _answer(request, _Chat)
 
 
-@router.post("/v1/completions", openapi_extra=_body_of(CompletionBody))
+@router.post("/v1/completions")
 async def completions(request: Request) -> Response:
     """Continuations of one prompt or of several, given as text or as token ids."""
     return await _answer(request, _Text)

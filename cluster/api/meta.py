@@ -104,13 +104,16 @@ async def ready(request: Request) -> Response:
     return _json({"ready": is_ready, "reason": reason}, 200 if is_ready else 503)
 
 
+def own_version() -> str:
+    try:
+        return version("penstock")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
 @router.get("/version")
 async def show_version() -> Response:
-    try:
-        number = version("penstock")
-    except PackageNotFoundError:
-        number = "0+unknown"
-    return _json({"version": number})
+    return _json({"version": own_version()})
 
 
 @router.get("/metrics")

@@ -46,6 +46,11 @@ _SCOPES: tuple[tuple[str, ApiScope], ...] = (
 )
 
 
+def is_open(path: str) -> bool:
+    """Whether `path` asks for no key."""
+    return path in _OPEN_PATHS or path.startswith(_OPEN_PREFIX)
+
+
 class RequestScope:
     """Pure ASGI, so that streams and disconnects pass through untouched."""
 
@@ -109,7 +114,7 @@ class RequestScope:
     def _span(self, scope: Scope, request_id: str) -> AbstractContextManager[Span | None]:
         """Requests that make work are traced, probes and scrapes are not."""
         path: str = scope["path"]
-        begin = not (path in _OPEN_PATHS or path == _WATCHED or path.startswith(_OPEN_PREFIX))
+        begin = not (is_open(path) or path == _WATCHED)
         return self._state.telemetry.tracer.entry(
             scope["method"],
             scope["headers"] if begin else (),
@@ -127,7 +132,7 @@ class RequestScope:
             )
         scope["penstock.tenant"] = "default"
         path: str = scope["path"]
-        if path in _OPEN_PATHS or path.startswith(_OPEN_PREFIX):
+        if is_open(path):
             return None
         # A line of a batch: its key was checked when the batch came.
         caller = scope.get(INSIDE) or self._state.authenticator.authenticate(

@@ -32,9 +32,9 @@ def page() -> str:
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             lines += [f"## `{method.upper()} {path}`", "", _about(operation), ""]
-            schema = _body(operation)
+            schema = _body(operation, document)
             if schema is not None:
-                lines += _fields(schema, bodies)
+                lines += _fields(schema, bodies, document)
     if bodies:
         lines += ["## Parts of bodies", ""]
         for name in sorted(bodies):
@@ -59,15 +59,29 @@ def _about(operation: Document) -> str:
     return " ".join(str(operation.get("description") or operation.get("summary", "")).split())
 
 
-def _body(operation: Document) -> Document | None:
+def _body(operation: Document, document: Document) -> Document | None:
     content = operation.get("requestBody", {}).get("content", {})
     schema: Document | None = content.get("application/json", {}).get("schema")
-    return schema if schema and "properties" in schema else None
+    return None if schema is None else _resolved(schema["$ref"], document)
 
 
-def _fields(schema: Document, bodies: dict[str, Document]) -> list[str]:
-    parts = schema.get("$defs", {})
-    bodies.update({name: part for name, part in parts.items() if "properties" in part})
+def _resolved(reference: str, document: Document) -> Document:
+    schema: Document = document["components"]["schemas"][reference.rsplit("/", 1)[-1]]
+    return schema
+
+
+def _fields(schema: Document, bodies: dict[str, Document], document: Document) -> list[str]:
+    pending: list[Any] = [schema["properties"]]
+    while pending:
+        each = pending.pop()
+        if isinstance(each, dict):
+            reference = each.get("$ref")
+            if reference is not None:
+                part = bodies[reference.rsplit("/", 1)[-1]] = _resolved(reference, document)
+                pending.append(part["properties"])
+            pending += each.values()
+        elif isinstance(each, list):
+            pending += each
     return _table(schema)
 
 

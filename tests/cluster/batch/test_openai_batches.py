@@ -220,7 +220,9 @@ async def test_wrong_calls_are_errors_of_the_usual_form(tmp_path: Path) -> None:
             ("POST", "/v1/batches", {"content": b"{}"}),
             ("POST", "/v1/batches", {"json": {"input_file_id": "f", "endpoint": "/x"}}),
             ("GET", "/v1/batches?limit=0", {}),
+            ("POST", "/v1/files", {"files": [("file", b"x"), ("file", b"y")]}),
             ("GET", "/v1/files?limit=x", {}),
+            ("GET", f"/v1/files?limit={'1' * 5000}", {}),
             ("GET", "/v1/files?order=up", {}),
         ):
             answer = await client._client.request(method, f"http://api{path}", **body)  # type: ignore[arg-type]
