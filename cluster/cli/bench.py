@@ -100,9 +100,19 @@ def front(
     tokens: Annotated[int, typer.Option(min=8, help="Of each answer.")] = 200,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds of each case.")] = 3,
     step_ms: Annotated[float, typer.Option(min=0.1, help="Pace of the paced streams.")] = 10.0,
+    at_once: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=10_000, help="Instead: so many paced streams opened in one moment, once."
+        ),
+    ] = None,
 ) -> int:
     report = _room("report")
     report.check_writable(json_file)
+    if at_once is not None:
+        many = _room("front_many").run(streams=at_once, tokens=tokens, step_ms=step_ms)
+        report.publish(many, json_file)
+        return 0
     result = _room("front").run(streams=streams, tokens=tokens, repeats=repeats, step_ms=step_ms)
     report.publish(result, json_file)
     return 0

@@ -39,6 +39,17 @@ def test_a_run_against_its_own_cluster_reports_sane_figures(
     assert "does not show" in shown and "ttft ms p50" in shown
 
 
+def test_streams_at_once_are_all_whole(tmp_path: Path) -> None:
+    path = tmp_path / "many.json"
+    flags = ["--at-once", "40", "--tokens", "12", "--step-ms", "5"]
+    assert main(["bench", "front", "--json", str(path), *flags]) == 0
+    (row,) = json.loads(path.read_text())["tables"]["40 streams at once"]
+    assert row["whole"] == 40 and row["dropped"] == 0
+    assert 10 < row["front_before_mb"] <= row["front_most_mb"] < 1000
+    assert row["front_cpu_ms_a_token"] > 0
+    assert 0 <= row["late_ms_p50"] <= row["late_ms_p99"] < row["wall_s"] * 1e3
+
+
 def test_a_url_where_nobody_answers_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "serve", "--url", "http://127.0.0.1:9"]) == 1
     said = capsys.readouterr().err

@@ -1,0 +1,131 @@
+"""`penstock bench front --at-once N`: N streams of the fake model opened in one moment, launcher
+`local`. Are all of them whole, what memory does the front take, how late is a token?
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass
+
+from bench.client import Answer, Client
+from bench.procs import Process, all_processes, cpu_by, descendants, part_of
+from bench.prompts import prompt
+from bench.report import Report, Row
+from bench.stats import finite, gaps, spread
+from penstock.errors import PenstockError
+
+_LOOK_S = 0.25
+_PROMPT_CHARS = 64
+_SHOWS_NOT = (
+    "the front alone: `late` is all that stands between a worker's pace and the client's clock, "
+    "so an upper bound of the front's part; client and workers share these cores",
+    "memory between two looks, a quarter of a second apart",
+)
+
+
+@dataclass(frozen=True)
+class Many:
+    """One round. Bytes are resident memory of the front processes together."""
+
+    answers: list[Answer]
+    failures: list[str]
+    wall_s: float
+    before_bytes: int
+    most_bytes: int
+    front_cpu_s: float
+
+
+def run(*, streams: int, tokens: int, step_ms: float) -> Report:
+    from cluster.config import resolve
+    from cluster.launch import started
+    from cluster.launchers.common import free_port
+
+    began_s = time.monotonic()
+    flags = {
+        "model.model": "fake",
+        "model.fake_decode_step_ms": step_ms,
+        "launcher.kind": "local",
+        "front.port": free_port(),
+        "front.max_streams": streams + 8,
+        "prefill.max_queued": streams + 8,
+        "decode.max_running": streams,
+    }
+    with started(resolve(flags).config) as endpoint:
+        many = asyncio.run(_measured(endpoint.url, streams, tokens))
+    return Report(
+        bench="front at once",
+        settings={"streams": streams, "tokens_a_stream": tokens, "fake_decode_step_ms": step_ms},
+        tables={f"{streams} streams at once": [row(many, step_ms)]},
+        shows_not=(*_SHOWS_NOT, *(f"failed: {words}" for words in many.failures[:3])),
+        wall_s=time.monotonic() - began_s,
+    )
+
+
+def row(many: Many, step_ms: float) -> Row:
+    """Pure. A gap is between two events with text; a token is late by what exceeds the pace."""
+    tokens = sum(a.completion_tokens for a in many.answers)
+    late = [max(0.0, g - step_ms / 1e3) for a in many.answers for g in gaps(a.event_times_s)]
+    return {
+        "way": "uvicorn (local)",
+        "n": 1,
+        "whole": len(many.answers),
+        "dropped": len(many.failures),
+        "wall_s": many.wall_s,
+        "tokens_per_s": finite(tokens / many.wall_s),
+        "front_before_mb": many.before_bytes / 1e6,
+        "front_most_mb": many.most_bytes / 1e6,
+        "front_cpu_ms_a_token": finite(many.front_cpu_s * 1e3 / tokens) if tokens else None,
+        **spread(late, "late_ms", scale=1e3),
+        **spread([a.ttft_s for a in many.answers], "ttft_ms", scale=1e3),
+    }
+
+
+async def _measured(url: str, streams: int, tokens: int) -> Many:
+    async with Client(url, model="fake") as client:
+        await client.chat(prompt(_PROMPT_CHARS, seed=streams), max_tokens=8, ignore_eos=True)
+        before_bytes, cpu_s = _front_bytes(), cpu_by(part_of).get("front", 0.0)
+        began_s = time.monotonic()
+        most = asyncio.create_task(_most_bytes())
+        try:
+            ended = await asyncio.gather(
+                *(_whole(client, seed, tokens) for seed in range(streams)), return_exceptions=True
+            )
+            wall_s = time.monotonic() - began_s
+        finally:
+            most.cancel()
+            (peak,) = await asyncio.gather(most)
+        cpu_s = cpu_by(part_of).get("front", 0.0) - cpu_s
+    failures = []
+    for each in ended:
+        if isinstance(each, PenstockError):
+            failures.append(each.message)
+        elif isinstance(each, BaseException):
+            raise each
+    answers = [each for each in ended if isinstance(each, Answer)]
+    return Many(answers, failures, wall_s, before_bytes, max(peak, before_bytes), cpu_s)
+
+
+async def _whole(client: Client, seed: int, tokens: int) -> Answer:
+    """Raises PenstockError also for an answer that is shorter than was asked for."""
+    answer = await client.chat(prompt(_PROMPT_CHARS, seed=seed), max_tokens=tokens, ignore_eos=True)
+    if answer.completion_tokens != tokens:
+        raise PenstockError(f"an answer ended after {answer.completion_tokens} of {tokens} tokens")
+    return answer
+
+
+async def _most_bytes() -> int:
+    """Until it is cancelled."""
+    most = 0
+    try:
+        while True:
+            most = max(most, await asyncio.to_thread(_front_bytes))
+            await asyncio.sleep(_LOOK_S)
+    except asyncio.CancelledError:
+        return max(most, _front_bytes())
+
+
+def _front_bytes() -> int:
+    below: list[Process] = descendants(all_processes(), os.getpid())
+    return sum(p.resident_bytes for p in below if part_of(p.command) == "front")
