@@ -61,8 +61,8 @@ CHECKS = [
 ]
 # Left out: positive_data_acceptance, as no schema says which models and files there are and which
 # fields exclude each other. ignored_auth is `test_every_closed_operation_wants_the_key`.
-# unsupported_method, use_after_free and ensure_resource_availability are for chains of calls, which
-# tests/cluster/batch makes.
+# use_after_free and ensure_resource_availability are for chains of calls, which tests/cluster/batch
+# makes; unsupported_method is for the coverage phase. Neither is run.
 
 
 @asynccontextmanager
