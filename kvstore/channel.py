@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 
 from penstock import transport
+from penstock.allocator import keep_freed_memory
 from penstock.peers import ALONE, Peers
 
 MAX_MESSAGE_BYTES = 8 << 20
@@ -12,6 +13,7 @@ MAX_MESSAGE_BYTES = 8 << 20
 
 def open_channel(address: str, peers: Peers = ALONE) -> grpc.aio.Channel:
     """A channel with a connection of its own, quick to find a node that has restarted."""
+    keep_freed_memory()
     return transport.open_channel(
         peers,
         address,

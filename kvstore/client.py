@@ -10,18 +10,17 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 import grpc
-from blake3 import blake3
 from google.protobuf.message import DecodeError, Message
 
 from kvstore.channel import open_channel
-from kvstore.codec import Encoded, decode_verified, encode, wire_kind
+from kvstore.codec import Encoded, decode_verified, digest_of, encode, wire_kind
 from kvstore.config import MAX_IDS_PER_CALL
 from kvstore.contracts import Index, Location, Missing, StoreObject, StoreStat
 from kvstore.index.redis import RedisIndex
 from kvstore.layout import largest_object_bytes
 from kvstore.node import check_ids
 from kvstore.rpc import error_from
-from kvstore.wire import data_of, encode_data
+from kvstore.wire import data_of, encode_data, encode_first, first_of, slices
 from penstock.blocks import CacheLayout
 from penstock.errors import (
     BlockIntegrityError,
@@ -122,8 +121,7 @@ class StoreClient:
         answers = _PutAnswers(call, len(items))
         reading = asyncio.create_task(answers.read())
         try:
-            for place, item in enumerate(items):
-                encoded = await encode(item, fingerprint=self._fingerprint, layout=self._layout)
+            async for place, item, encoded in self._encoded(items):
                 begin = kv_pb2.PutBegin(
                     id=item.id,
                     kind=wire_kind(item.kind),
@@ -131,6 +129,7 @@ class StoreClient:
                     owner=owner,
                     lease_ttl_ms=_milliseconds(lease_ttl_s),
                     rolling=rolling,
+                    digest=encoded.digest,
                 )
                 if not await self._send(call, answers, place, begin, encoded):
                     break
@@ -225,50 +224,81 @@ class StoreClient:
         """One object, without waiting for the answer to its begin. False: the stream has ended."""
         if answers.ended:
             return False
-        message = kv_pb2.PutRequest(begin=begin)
-        await call.write(message.SerializeToString())
-        for chunk in [memoryview(item.prefix), *_slices(item.payload)]:
+        first, *rest = slices(item.payload, _CHUNK_BYTES)
+        await call.write(encode_first(begin.SerializeToString(), (item.prefix, first)))
+        for chunk in rest:
             if answers.ended:
                 return False
             if len(answers.fresh) > place:
                 return True
             await call.write(encode_data(chunk))
-        commit = kv_pb2.PutRequest(commit=kv_pb2.PutCommit(digest=item.digest))
-        await call.write(commit.SerializeToString())
         return True
+
+    async def _encoded(
+        self, items: Sequence[StoreObject]
+    ) -> AsyncGenerator[tuple[int, StoreObject, Encoded], None]:
+        """Each item framed and hashed; the next one is hashed while this one is being sent."""
+
+        def start(place: int) -> asyncio.Task[Encoded]:
+            return asyncio.create_task(
+                encode(items[place], fingerprint=self._fingerprint, layout=self._layout)
+            )
+
+        encoding = start(0)
+        try:
+            for place, item in enumerate(items):
+                encoded = await encoding
+                if place + 1 < len(items):
+                    encoding = start(place + 1)
+                yield place, item, encoded
+        finally:
+            encoding.cancel()
+            await asyncio.gather(encoding, return_exceptions=True)
 
     async def _get_some(
         self, request: kv_pb2.GetRequest
     ) -> AsyncGenerator[StoreObject | Missing, None]:
         self._check_open()
         call = self._get_call(request.SerializeToString())
+        ahead = _ReadAhead(call)
         patience_s = self._timeout_s + request.wait_ms / 1000
         try:
             for id_ in request.ids:
-                head = self._parse_get(await self._read(call, patience_s))
-                match head.WhichOneof("message"):
-                    case "missing" if head.missing.id == id_:
+                raw = await self._read(ahead, patience_s)
+                first = first_of(raw)
+                if first is None:
+                    message = self._parse_get(raw)
+                    if message.WhichOneof("message") == "missing" and message.missing.id == id_:
                         yield Missing(id_)
-                    case "start" if head.start.id == id_:
-                        yield await self._receive(call, head.start)
-                    case _:
-                        raise self._protocol_error("answered for another id")
+                        continue
+                    start, head = message.start, memoryview(message.start.head)
+                else:
+                    start, head = self._parse_start(first[0]), first[1]
+                if start.id != id_:
+                    raise self._protocol_error("answered for another id")
+                yield await self._receive(ahead, start, head)
         except grpc.aio.AioRpcError as error:
             raise error_from(error, self.address) from error
         finally:
             call.cancel()
+            await ahead.close()
 
-    async def _receive(self, call: Any, start: kv_pb2.GetStart) -> StoreObject | Missing:
+    async def _receive(
+        self, ahead: _ReadAhead, start: kv_pb2.GetStart, head: memoryview
+    ) -> StoreObject | Missing:
         """One object's data; `Missing` if it is not what its id promises."""
         self._epoch = start.epoch
         begun = time.monotonic()
         # A size that no object of ours can have is read past, not buffered.
         fits = start.size_bytes <= self._largest_bytes
-        raw = bytearray(start.size_bytes if fits else 0)
-        hasher = blake3()
-        filled = 0
+        raw = head
+        filled = len(head)
+        if filled < start.size_bytes:
+            raw = memoryview(bytearray(start.size_bytes if fits else 0))
+            if fits:
+                raw[:filled] = head
         while filled < start.size_bytes:
-            message = await self._read(call, self._timeout_s)
+            message = await self._read(ahead, self._timeout_s)
             chunk = data_of(message)
             if chunk is None:
                 chunk = memoryview(self._parse_get(message).data)
@@ -277,11 +307,12 @@ class StoreClient:
                 raise self._protocol_error("sent another number of bytes than it said")
             if fits:
                 raw[filled:end] = chunk
-                hasher.update(chunk)
             filled = end
+        if filled > start.size_bytes:
+            raise self._protocol_error("sent another number of bytes than it said")
         self._transferred("get", 1, filled, time.monotonic() - begun)
         try:
-            if not fits or hasher.digest() != start.digest:
+            if not fits or await digest_of(raw) != start.digest:
                 raise BlockIntegrityError("an object's bytes do not match their BLAKE3 digest")
             return decode_verified(
                 raw, id_=start.id, fingerprint=self._fingerprint, layout=self._layout
@@ -302,16 +333,22 @@ class StoreClient:
         except DecodeError as error:
             raise self._protocol_error("sent what is no message") from error
 
-    async def _read(self, call: Any, patience_s: float) -> bytes:
+    def _parse_start(self, raw: bytes) -> kv_pb2.GetStart:
+        try:
+            return kv_pb2.GetStart.FromString(raw)
+        except DecodeError as error:
+            raise self._protocol_error("sent what is no message") from error
+
+    async def _read(self, ahead: _ReadAhead, patience_s: float) -> bytes:
         try:
             async with asyncio.timeout(patience_s):
-                message = await call.read()
+                message = await ahead.read()
         except TimeoutError as error:
             raise StoreUnavailableError(
                 f"the KV store at {self.address} sent nothing for {patience_s:.1f} s"
             ) from error
         if message is grpc.aio.EOF:
-            raise await self._failure(call, None)
+            raise await self._failure(ahead.call, None)
         return bytes(message)
 
     async def _failure(self, call: Any, error: Exception | None) -> Exception:
@@ -332,6 +369,24 @@ class StoreClient:
 
     def _protocol_error(self, what: str) -> StoreUnavailableError:
         return StoreUnavailableError(f"the KV store at {self.address} {what}")
+
+
+class _ReadAhead:
+    """Reads a Get stream one message ahead: it arrives while the one before it is verified."""
+
+    def __init__(self, call: Any) -> None:
+        self.call = call
+        self._next = asyncio.ensure_future(call.read())
+
+    async def read(self) -> Any:
+        message = await self._next
+        if message is not grpc.aio.EOF:
+            self._next = asyncio.ensure_future(self.call.read())
+        return message
+
+    async def close(self) -> None:
+        self._next.cancel()
+        await asyncio.gather(self._next, return_exceptions=True)
 
 
 class _PutAnswers:
@@ -377,10 +432,6 @@ def check_all(ids: Sequence[bytes]) -> None:
     """As `check_ids`, for any number of ids."""
     for start in range(0, len(ids), MAX_IDS_PER_CALL):
         check_ids(ids[start : start + MAX_IDS_PER_CALL])
-
-
-def _slices(payload: memoryview) -> list[memoryview]:
-    return [payload[start : start + _CHUNK_BYTES] for start in range(0, len(payload), _CHUNK_BYTES)]
 
 
 def _milliseconds(seconds: float) -> int:

@@ -22,7 +22,7 @@ from protos.penstock.kv.v1 import kv_pb2
 VERSION = 1
 ID_BYTES = 32
 DIGEST_BYTES = 32
-_INLINE_HASH_BYTES = 1 << 20
+_INLINE_HASH_BYTES = 1 << 17
 
 _LENGTH = struct.Struct("<I")
 _TO_WIRE: dict[ObjectKind, kv_pb2.ObjectKind.ValueType] = {
@@ -100,7 +100,7 @@ async def encode(item: StoreObject, *, fingerprint: bytes, layout: CacheLayout) 
 
 
 async def digest_of(*parts: Buffer) -> bytes:
-    """BLAKE3 of the parts in order; off the event loop if they are larger than 1 MiB."""
+    """BLAKE3 of the parts in order; off the event loop if they are larger than 128 KiB."""
     if sum(len(part) for part in parts) > _INLINE_HASH_BYTES:
         return await asyncio.to_thread(digest_now, *parts)
     return digest_now(*parts)

@@ -19,6 +19,7 @@ from kvstore.index.redis import RedisIndex
 from kvstore.meters import store_meters
 from kvstore.node import StoreNode
 from penstock import transport
+from penstock.allocator import keep_freed_memory
 from penstock.errors import IndexUnavailableError, UsageError
 from penstock.peers import ALONE, Peers
 from penstock.telemetry.exporter import HttpExporter, metrics_handler
@@ -84,6 +85,7 @@ async def start_server(
     Raises UsageError for an address that cannot be bound, unreadable certificates or a disk folder
     that cannot be used, IndexUnavailableError for a Redis that does not answer.
     """
+    keep_freed_memory()
     gates = transport.gates(peers)
     node_id = config.node_id or f"node-{uuid.uuid4().hex[:12]}"
     index = open_index(config)

@@ -11,13 +11,15 @@ import grpc
 from kvstore.node import StoreNode, check_ids, check_owner
 from kvstore.rpc import abort_with, parse, unary
 from kvstore.transfer import OpenGet, OpenPut
-from kvstore.wire import data_of, encode_data
+from kvstore.wire import data_of, encode_data, encode_first, first_of, slices
 from penstock.errors import DeadlineError, InvalidRequestError, PenstockError
 from penstock.telemetry import logs, trace
 from penstock.telemetry.trace import NO_TRACER, Tracer
 from protos.penstock.kv.v1 import kv_pb2
 
 SERVICE = "penstock.kv.v1.KvStore"
+INLINE_BYTES = 1 << 17
+"""Data that is copied and hashed on the event loop: a thread would cost more time than it saves."""
 
 
 class KvStoreService:
@@ -72,11 +74,13 @@ class KvStoreService:
 
     async def _put(self, _: Any, context: Any) -> None:
         stream = _PutStream(self._node)
+        # One message is read ahead: it arrives while the one before it is copied and hashed.
+        reading = asyncio.ensure_future(context.read())
         try:
             while True:
                 try:
                     async with asyncio.timeout(self._node.config.put_idle_s):
-                        raw = await context.read()
+                        raw = await reading
                 except TimeoutError:
                     raise DeadlineError(
                         f"a Put stream was idle for {self._node.config.put_idle_s} s; what it had "
@@ -85,7 +89,8 @@ class KvStoreService:
                 if raw is grpc.aio.EOF:
                     stream.end()
                     return
-                answer = stream.take(raw)
+                reading = asyncio.ensure_future(context.read())
+                answer = await stream.take(raw)
                 if answer is not None:
                     await context.write(answer.SerializeToString())
         except PenstockError as error:
@@ -93,6 +98,8 @@ class KvStoreService:
             await abort_with(context, error)
         finally:
             stream.close()
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
     async def _get(self, raw: bytes, context: Any) -> None:
         try:
@@ -129,10 +136,10 @@ class KvStoreService:
         start = kv_pb2.GetStart(
             id=id_, size_bytes=len(found.data), digest=found.digest, epoch=self._node.epoch
         )
-        await self._send(context, kv_pb2.GetResponse(start=start).SerializeToString())
-        step = self._node.config.chunk_bytes
-        for offset in range(0, len(found.data), step):
-            await self._send(context, encode_data(found.data[offset : offset + step]))
+        head, *rest = slices(found.data, self._node.config.chunk_bytes)
+        await self._send(context, encode_first(start.SerializeToString(), [head]))
+        for chunk in rest:
+            await self._send(context, encode_data(chunk))
 
     async def _send(self, context: Any, message: bytes) -> None:
         try:
@@ -156,18 +163,23 @@ class _PutStream:
         self._node = node
         self._open: OpenPut | None = None
         self._skipping = False
+        self._digest = b""
+        """Of the open object, if its begin said it: then its last byte commits it."""
 
-    def take(self, raw: bytes) -> kv_pb2.PutResponse | None:
+    async def take(self, raw: bytes) -> kv_pb2.PutResponse | None:
         """Apply one message; the answer to send, if it has one."""
         data = data_of(raw)
         if data is not None:
-            return self._data(data)
+            return await self._data(data)
+        first = first_of(raw)
+        if first is not None:
+            return await self._first(parse(kv_pb2.PutBegin, first[0]), first[1])
         request = parse(kv_pb2.PutRequest, raw)
         match request.WhichOneof("message"):
             case "begin":
-                return self._begin(request.begin)
+                return await self._first(request.begin, request.begin.head)
             case "data":
-                return self._data(request.data)
+                return await self._data(request.data)
             case "commit":
                 return self._commit(request.commit)
             case "abort":
@@ -186,6 +198,16 @@ class _PutStream:
         if self._open is not None:
             self._open.abort()
             self._open = None
+
+    async def _first(
+        self, begin: kv_pb2.PutBegin, head: bytes | memoryview
+    ) -> kv_pb2.PutResponse | None:
+        answer = self._begin(begin)
+        self._digest = begin.digest
+        if self._open is None:
+            return answer
+        settled = await self._data(head) if len(head) else None
+        return settled if settled is not None or begin.digest else answer
 
     def _begin(self, begin: kv_pb2.PutBegin) -> kv_pb2.PutResponse:
         if self._open is not None:
@@ -208,18 +230,23 @@ class _PutStream:
             status = kv_pb2.PutResponse.STATUS_EXISTS
         return kv_pb2.PutResponse(status=status, id=begin.id)
 
-    def _data(self, data: bytes | memoryview) -> kv_pb2.PutResponse | None:
+    async def _data(self, data: bytes | memoryview) -> kv_pb2.PutResponse | None:
         if self._open is None:
             if self._skipping:
                 return None
             raise InvalidRequestError("data without begin")
         try:
-            self._open.write(data)
+            if len(data) < INLINE_BYTES:
+                self._open.write(data)
+            else:
+                await asyncio.to_thread(self._open.write, data)
         except PenstockError as error:
             id_ = self._open.reservation.id
             self.close()
             self._skipping = True
             return _refused(id_, error)
+        if self._digest and self._open.is_full:
+            return self._commit(kv_pb2.PutCommit(digest=self._digest))
         return None
 
     def _commit(self, commit: kv_pb2.PutCommit) -> kv_pb2.PutResponse | None:

@@ -60,6 +60,11 @@ class OpenPut:
         self._filled = end
         self._hasher.update(chunk)
 
+    @property
+    def is_full(self) -> bool:
+        """All reserved bytes have come."""
+        return self._filled == len(self._data)
+
     def commit(self, digest: bytes) -> bool:
         """True if this made the object visible. The bytes are given back if it fails.
 

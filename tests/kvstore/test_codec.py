@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kvstore.codec import decode, decode_verified, digest_now, encode_prefix
 from kvstore.contracts import StoreObject
 from kvstore.layout import MAX_HEADER_BYTES, largest_object_bytes, payload_bytes
-from kvstore.wire import data_of, encode_data
+from kvstore.wire import data_of, encode_data, encode_first, first_of, slices
 from penstock.blocks import CacheLayout, Component, ComponentKind, ObjectKind
 from penstock.errors import BlockIntegrityError, PenstockError
 from protos.penstock.kv.v1 import kv_pb2
@@ -136,3 +136,36 @@ def test_what_looks_like_data_is_data_to_protobuf_too(raw: bytes) -> None:
     chunk = data_of(raw)
     if chunk is not None:
         assert kv_pb2.PutRequest.FromString(raw).data == chunk
+
+
+@given(st.binary(max_size=400), st.binary(max_size=40), st.integers(0, 400))
+def test_a_first_message_with_its_head_is_what_protobuf_writes(
+    head: bytes, id_: bytes, cut: int
+) -> None:
+    fields = kv_pb2.PutBegin(id=id_, size_bytes=cut).SerializeToString()
+    message = encode_first(fields, [head[:cut], memoryview(head)[cut:]])
+    parsed = kv_pb2.PutRequest.FromString(message).begin
+    assert (parsed.id, parsed.size_bytes, parsed.head) == (id_, cut, head)
+    assert first_of(message) == (fields, head)
+    # The same field numbers carry an object's first message of Get.
+    assert kv_pb2.GetResponse.FromString(message).start.head == head
+
+
+@given(st.binary(max_size=40), st.integers(0, 3))
+def test_bytes_that_only_look_like_a_first_message_are_left_to_protobuf(
+    raw: bytes, start: int
+) -> None:
+    raw = b"\x0a\x20\x3a"[:start] + raw
+    found = first_of(raw)
+    if found is not None:
+        fields, head = found
+        assert encode_first(fields, [head])[-len(fields) - len(head) :] == bytes(head) + fields
+
+
+@given(st.binary(max_size=300), st.integers(1, 301))
+def test_slices_are_equal_and_within_their_bound(data: bytes, most_bytes: int) -> None:
+    parts = slices(memoryview(data), most_bytes)
+    assert b"".join(parts) == data
+    sizes = [len(part) for part in parts]
+    assert max(sizes) <= most_bytes and len(set(sizes[:-1])) <= 1
+    assert len(parts) <= max(1, -(-len(data) // most_bytes))

@@ -15,7 +15,7 @@ from kvstore.codec import digest_now, encode_prefix
 from kvstore.config import StoreConfig
 from kvstore.contracts import Missing
 from kvstore.server import StoreServer, start_server
-from kvstore.wire import encode_data
+from kvstore.wire import encode_data, encode_first, slices
 from penstock.errors import OverloadedError, PenstockError, StoreUnavailableError
 from protos.penstock.kv.v1 import kv_pb2
 from tests.kvstore.objects import FINGERPRINT, LAYOUT, block, blocks_of, chain, fetch, same
@@ -57,7 +57,7 @@ async def client(server: StoreServer) -> AsyncIterator[StoreClient]:
     await made.close()
 
 
-def begin(**change: Any) -> bytes:
+def begin_fields(**change: Any) -> bytes:
     facts: dict[str, Any] = {
         "id": ITEM.id,
         "kind": kv_pb2.OBJECT_KIND_BLOCK,
@@ -65,7 +65,12 @@ def begin(**change: Any) -> bytes:
         "owner": "w",
         "lease_ttl_ms": 1000,
     }
-    return kv_pb2.PutRequest(begin=kv_pb2.PutBegin(**facts | change)).SerializeToString()
+    return kv_pb2.PutBegin(**facts | change).SerializeToString()
+
+
+def begin(**change: Any) -> bytes:
+    fields = kv_pb2.PutBegin.FromString(begin_fields(**change))
+    return kv_pb2.PutRequest(begin=fields).SerializeToString()
 
 
 def commit(digest: bytes | None = None) -> bytes:
@@ -125,6 +130,60 @@ async def test_a_wrong_object_is_refused_and_the_next_one_on_the_stream_is_not(
     assert refused[0].error_code
     assert answers[-1].status == kv_pb2.PutResponse.STATUS_COMMITTED
     assert server.node.stat().reserved_bytes == 0
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+async def test_an_object_whose_begin_has_its_digest_is_committed_by_its_last_byte(
+    server: StoreServer, channel: Any, pieces: int
+) -> None:
+    first, *rest = slices(memoryview(RAW), -(-len(RAW) // pieces))
+    assert len(rest) == pieces - 1
+    whole = [encode_first(begin_fields(digest=digest_now(RAW)), [first[:3], first[3:]])]
+    whole += map(encode_data, rest)
+    answers = await put_raw(channel, [*whole, *whole])
+    assert [one.status for one in answers] == [
+        kv_pb2.PutResponse.STATUS_COMMITTED,
+        kv_pb2.PutResponse.STATUS_EXISTS,
+    ]
+    read = channel.unary_stream(SERVICE + "Get")(
+        kv_pb2.GetRequest(ids=[ITEM.id]).SerializeToString(), timeout=5
+    )
+    got = [kv_pb2.GetResponse.FromString(raw) async for raw in read]
+    assert got[0].start.head + b"".join(one.data for one in got[1:]) == RAW
+    assert server.node.stat().reserved_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "head", "sentence"),
+    [
+        ({"digest": bytes(32)}, RAW, "do not match the digest"),
+        ({"digest": b"short"}, RAW, "digest has 32 bytes"),
+        ({"digest": digest_now(RAW)}, RAW + b"x", "more data than"),
+        ({"digest": digest_now(RAW), "kind": 77}, RAW, "neither block nor state"),
+        ({"digest": digest_now(RAW), "id": bytes(32)}, RAW, "does not match its reservation"),
+        ({}, RAW + b"x", "more data than"),
+    ],
+)
+async def test_a_wrong_object_in_one_message_is_refused_once_and_the_next_one_is_not(
+    server: StoreServer, channel: Any, change: dict[str, Any], head: bytes, sentence: str
+) -> None:
+    wrong = encode_first(begin_fields(**change), [head])
+    right = encode_first(begin_fields(digest=digest_now(RAW)), [RAW])
+    answers = await put_raw(channel, [wrong, right])
+    assert [one.status for one in answers] == [
+        kv_pb2.PutResponse.STATUS_REFUSED,
+        kv_pb2.PutResponse.STATUS_COMMITTED,
+    ]
+    assert sentence in answers[0].error_message
+    assert server.node.stat().reserved_bytes == 0
+
+
+async def test_a_begin_with_a_head_and_no_digest_still_needs_its_commit(channel: Any) -> None:
+    plain = encode_first(begin_fields(), [RAW])
+    with pytest.raises(grpc.aio.AioRpcError, match="ended inside an object"):
+        await put_raw(channel, [plain])
+    answers = await put_raw(channel, [plain, commit()])
+    assert [one.status for one in answers] == [1, 3]
 
 
 async def test_data_in_small_pieces_and_an_abort_in_between(channel: Any) -> None:
@@ -259,6 +318,12 @@ def start_of(**change: Any) -> bytes:
         ([start_of(), encode_data(RAW)], "the object"),
         ([start_of(digest=bytes(32)), encode_data(RAW)], Missing),
         ([start_of(size_bytes=5), encode_data(RAW[:5])], Missing),
+        ([start_of(head=RAW)], "the object"),
+        ([start_of(head=RAW[:9]), encode_data(RAW[9:])], "the object"),
+        ([start_of(head=RAW, digest=bytes(32))], Missing),
+        ([start_of(head=RAW + b"x")], StoreUnavailableError),
+        ([start_of(head=RAW), encode_data(b"x"), start_of(head=RAW)], "the object"),
+        ([b"\x0a\x05\x3a\x02ab\xff"], StoreUnavailableError),
         ([start_of(size_bytes=1 << 50), encode_data(RAW)], StoreUnavailableError),
         ([start_of(), encode_data(RAW[:-1])], StoreUnavailableError),
         ([start_of(), encode_data(RAW + b"x")], StoreUnavailableError),

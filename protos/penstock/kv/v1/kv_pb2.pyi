@@ -185,6 +185,8 @@ class PutBegin(_message.Message):
     OWNER_FIELD_NUMBER: _builtins.int
     LEASE_TTL_MS_FIELD_NUMBER: _builtins.int
     ROLLING_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     id: _builtins.bytes
     kind: Global___ObjectKind.ValueType
     size_bytes: _builtins.int
@@ -193,6 +195,12 @@ class PutBegin(_message.Message):
     lease_ttl_ms: _builtins.int
     rolling: _builtins.bool
     """A rolling state: when the owner commits its next rolling state this one is dropped, unless others lease it."""
+    head: _builtins.bytes
+    """The object's first bytes; its data messages carry the rest."""
+    digest: _builtins.bytes
+    """BLAKE3 of the whole object, if the writer knows it. The object is then committed with its last byte, without a
+    commit message, and answered once: `exists`, `committed` or `refused`.
+    """
     def __init__(
         self,
         *,
@@ -202,10 +210,12 @@ class PutBegin(_message.Message):
         owner: _builtins.str = ...,
         lease_ttl_ms: _builtins.int = ...,
         rolling: _builtins.bool = ...,
+        head: _builtins.bytes = ...,
+        digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "kind", b"kind", "lease_ttl_ms", b"lease_ttl_ms", "owner", b"owner", "rolling", b"rolling", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "head", b"head", "id", b"id", "kind", b"kind", "lease_ttl_ms", b"lease_ttl_ms", "owner", b"owner", "rolling", b"rolling", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -370,10 +380,13 @@ class GetStart(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
     id: _builtins.bytes
     size_bytes: _builtins.int
     digest: _builtins.bytes
     epoch: _builtins.int
+    head: _builtins.bytes
+    """The object's first bytes; the data messages carry the rest. A small object needs none."""
     def __init__(
         self,
         *,
@@ -381,10 +394,11 @@ class GetStart(_message.Message):
         size_bytes: _builtins.int = ...,
         digest: _builtins.bytes = ...,
         epoch: _builtins.int = ...,
+        head: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "epoch", b"epoch", "id", b"id", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "epoch", b"epoch", "head", b"head", "id", b"id", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
