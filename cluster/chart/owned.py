@@ -37,6 +37,8 @@ OWNED: Mapping[str, Owned] = {
     "decode.replicas": _by("decode.replicas"),
     "kvstore.listen": Owned("", "port 7070 of its pod"),
     "kvstore.node_id": Owned("", "the pod's name"),
+    "kvstore.disk_bytes": _by("kvstore.disk.size"),
+    "kvstore.disk_dir": Owned("", "in the claim of kvstore.disk"),
     "kvstore.redis_url": _by("redis.external.url"),
     "tls.ca": _by("tls.existingSecret"),
     "tls.cert": _by("tls.existingSecret"),

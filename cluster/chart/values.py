@@ -135,9 +135,16 @@ class Front(Role):
     tls: FrontTls
 
 
+class Disk(Block):
+    size: str = Field(pattern=r"^([1-9][0-9]*(Gi|Ti))?$", examples=["500Gi"])
+    storage_class: Name
+    when_deleted: Literal["Delete", "Retain"]
+
+
 class KvStore(Role):
     replicas: Literal[1]
     config: dict[str, Any] = product("kvstore")
+    disk: Disk
 
 
 class Head(Role):

@@ -109,6 +109,14 @@ def containers(docs: Sequence[Doc]) -> Iterator[tuple[str, Doc]]:
             yield f"{name}/{container['name']}", container
 
 
+def claimed(docs: Sequence[Doc], pod: str) -> list[str]:
+    """Volumes that a pod of `pods` has by a claim of its own."""
+    for doc in docs:
+        if f"{doc['kind']}/{doc['metadata']['name']}" == pod:
+            return [c["metadata"]["name"] for c in doc["spec"].get("volumeClaimTemplates", [])]
+    return []
+
+
 def group(docs: Sequence[Doc], name: str) -> Doc:
     """One of the Ray groups: head, prefill, decode, front."""
     cluster = one(docs, "RayService")["spec"]["rayClusterConfig"]

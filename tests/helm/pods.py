@@ -69,6 +69,7 @@ class Machine:
         names = {
             component: chart.one(docs, "Service", f"-{component}")["metadata"]["name"]
             for component in ("front", "kvstore", "redis")
+            if component != "redis" or any(d["kind"] == "Deployment" for d in docs)
         }
         self.ports = {component: free_port() for component in names}
         self._hosts = {
@@ -81,16 +82,20 @@ class Machine:
 
     def mounts(self, pod_name: str, pod: Doc) -> dict[str, str]:
         """Makes the pod's files; mount path -> path here. Files that several pods share are the
-        same for all, because one setting names them for all; empty folders are a pod's own.
+        same for all, because one setting names them for all; empty folders are a pod's own, and
+        what is no volume of the pod is a claim, which outlives it.
         """
         found: dict[str, str] = {}
         volumes = {v["name"]: v for v in pod["spec"].get("volumes", [])}
         for container in pod["spec"]["containers"]:
             for mount in container.get("volumeMounts", []):
-                path, volume = mount["mountPath"], volumes[mount["name"]]
+                path, volume = mount["mountPath"], volumes.get(mount["name"])
                 if path == "/dev/shm":
                     continue
-                own = f"pods/{pod_name}" if "emptyDir" in volume else "shared"
+                if volume is None:
+                    own, volume = f"claims/{mount['name']}-{pod_name}", {}
+                else:
+                    own = f"pods/{pod_name}" if "emptyDir" in volume else "shared"
                 here = self._root / own / path.lstrip("/")
                 here.mkdir(parents=True, exist_ok=True)
                 for name, content in self._files(volume).items():
@@ -175,8 +180,14 @@ class Machine:
         self, folder: Path, mounts: Mapping[str, str], edit: Callable[[str], str]
     ) -> None:
         for file in folder.glob("*.yaml"):
-            shared = {path: here for path, here in mounts.items() if "/shared/" in here}
+            shared = {path: here for path, here in mounts.items() if "/pods/" not in here}
             file.write_text(edit(self.here(file.read_text(), shared)))
+
+    def kill(self, name: str) -> None:
+        """At once, with what it started."""
+        process = self._processes.pop(name)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(5)
 
     # -- KubeRay's part
 

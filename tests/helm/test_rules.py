@@ -125,6 +125,7 @@ def test_every_mount_has_its_volume_and_every_volume_a_use(values: str) -> None:
     for name, pod in chart.pods(chart.render(values)):
         spec = pod["spec"]
         volumes = [v["name"] for v in spec.get("volumes", [])]
+        volumes += chart.claimed(chart.render(values), name)
         used = {
             mount["name"]
             for container in (*spec.get("initContainers", []), *spec["containers"])

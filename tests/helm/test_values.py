@@ -107,6 +107,8 @@ def marked(defaults: Any) -> tuple[dict[str, Any], dict[str, str], list[str]]:
             value = {mark: mark}
         elif key in ("objectStoreMemory", "maxMemory"):
             value, mark = f"{number}Mi", str(number << 20)
+        elif name == "kvstore.disk.size":
+            value = mark = f"{number}Gi"
         elif key == "startupSeconds":
             # A period of 5 s; the store's is 2 s.
             period = 2 if name.startswith("kvstore") else 5
@@ -256,7 +258,6 @@ def another(name: str, field: Any) -> Any:
         "model.draft_confidence": 0.5,
         "model.fake_draft_accuracy": 0.5,
         "model.max_model_len": 4096,
-        "kvstore.disk_bytes": 1 << 30,
         "batch.sources": ["file:///data/"],
         "telemetry.otlp_endpoint": "http://collector:4318",
         "telemetry.trace_ratio": 0.5,

@@ -169,3 +169,23 @@ priorityClassName: {{ . }}
 {{- $ours := dict "key" "app.kubernetes.io/component" "operator" "In" "values" (list "head" "prefill" "decode" "front") -}}
 {{- dict "matchLabels" (include "penstock.selector" . | fromYaml) "matchExpressions" (list $ours) | toJson -}}
 {{- end -}}
+
+{{/* Fails where the running StatefulSet has other claims than these values: Kubernetes would refuse
+     the change, after others of the same upgrade were made. */}}
+{{- define "penstock.claimsStay" -}}
+{{- $name := printf "%s-kvstore" (include "penstock.fullname" .) -}}
+{{- $running := lookup "apps/v1" "StatefulSet" .Release.Namespace $name -}}
+{{- if $running -}}
+{{- $disk := .Values.kvstore.disk -}}
+{{- $wanted := list -}}{{- $there := list -}}
+{{- with $disk.size -}}
+{{- $wanted = list (include "penstock.bytes" .) $disk.storageClass -}}
+{{- end -}}
+{{- range $running.spec.volumeClaimTemplates -}}
+{{- $there = list (include "penstock.bytes" .spec.resources.requests.storage) (.spec.storageClassName | default "") -}}
+{{- end -}}
+{{- if ne (toJson $wanted) (toJson $there) -}}
+{{- fail (printf "kvstore.disk: claims of a StatefulSet cannot be changed; first run `kubectl -n %s delete statefulset %s --cascade=orphan`, which leaves the pod running" .Release.Namespace $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
