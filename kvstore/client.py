@@ -15,10 +15,12 @@ from google.protobuf.message import DecodeError, Message
 from kvstore.channel import open_channel
 from kvstore.codec import Encoded, decode_verified, digest_of, encode, wire_kind
 from kvstore.config import MAX_IDS_PER_CALL
-from kvstore.contracts import Index, Location, Missing, StoreObject, StoreStat
+from kvstore.contracts import Buffer, Index, Location, Missing, StoreObject, StoreStat
+from kvstore.get_shared import ReadAhead, SharedReader, copies
 from kvstore.index.redis import RedisIndex
 from kvstore.layout import largest_object_bytes
 from kvstore.node import check_ids
+from kvstore.put_answers import PutAnswers
 from kvstore.rpc import error_from
 from kvstore.wire import data_of, encode_data, encode_first, first_of, slices
 from penstock.blocks import CacheLayout
@@ -26,7 +28,6 @@ from penstock.errors import (
     BlockIntegrityError,
     IndexUnavailableError,
     StoreUnavailableError,
-    from_code,
 )
 from penstock.peers import ALONE, Peers
 from penstock.telemetry import catalog as M
@@ -59,9 +60,11 @@ class StoreClient:
         call_timeout_s: float = 5.0,
         peers: Peers = ALONE,
         meter: Meter = NO_METER,
+        share_memory: bool = True,
     ) -> None:
         """`index`: a Redis URL (opened and closed here), an `Index` that the caller closes, or None
         to ask the node. `call_timeout_s`: deadline of short calls and longest silence in `get`.
+        `share_memory`: copy from the node's memory what a node on this host offers there.
         """
         self.address = address
         self._fingerprint = fingerprint
@@ -73,6 +76,7 @@ class StoreClient:
         self._largest_bytes = largest_object_bytes(layout)
         self._epoch: int | None = None
         self._closed = False
+        self._shared = SharedReader(is_on=share_memory)
         self.integrity_failures = 0
         """Objects that this client refused since it was made."""
         # Bulk data on a connection of its own: a lookup never queues behind megabytes.
@@ -118,24 +122,25 @@ class StoreClient:
         begun = time.monotonic()
         size_bytes = sum(memoryview(item.payload).nbytes for item in items)
         call = self._put_call(timeout=self._timeout_s + size_bytes / _SLOWEST_BYTES_PER_S)
-        answers = _PutAnswers(call, len(items))
+        answers = PutAnswers(call, len(items))
         reading = asyncio.create_task(answers.read())
         try:
-            async for place, item, encoded in self._encoded(items):
-                begin = kv_pb2.PutBegin(
-                    id=item.id,
-                    kind=wire_kind(item.kind),
-                    size_bytes=encoded.size_bytes,
-                    owner=owner,
-                    lease_ttl_ms=_milliseconds(lease_ttl_s),
-                    rolling=rolling,
-                    digest=encoded.digest,
-                )
-                if not await self._send(call, answers, place, begin, encoded):
-                    break
-            else:
-                if not answers.ended:
-                    await call.done_writing()
+            async with aclosing(self._encoded(items)) as all_encoded:
+                async for place, item, encoded in all_encoded:
+                    begin = kv_pb2.PutBegin(
+                        id=item.id,
+                        kind=wire_kind(item.kind),
+                        size_bytes=encoded.size_bytes,
+                        owner=owner,
+                        lease_ttl_ms=_milliseconds(lease_ttl_s),
+                        rolling=rolling,
+                        digest=encoded.digest,
+                    )
+                    if not await self._send(call, answers, place, begin, encoded):
+                        break
+                else:
+                    if not answers.ended:
+                        await call.done_writing()
             await reading
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             raise await self._failure(call, error) from error
@@ -156,6 +161,7 @@ class StoreClient:
                 owner=owner,
                 lease_ttl_ms=_milliseconds(lease_ttl_s),
                 wait_ms=_milliseconds(wait_s),
+                host=self._shared.host,
             )
             async with aclosing(self._get_some(request)) as answers:
                 async for answer in answers:
@@ -188,6 +194,7 @@ class StoreClient:
         self._closed = True
         await self._control.close()
         await self._bulk.close()
+        self._shared.close()
         if self._own_index is not None:
             await self._own_index.close()
 
@@ -219,7 +226,7 @@ class StoreClient:
         return [byte != 0 for byte in raw]
 
     async def _send(
-        self, call: Any, answers: _PutAnswers, place: int, begin: kv_pb2.PutBegin, item: Encoded
+        self, call: Any, answers: PutAnswers, place: int, begin: kv_pb2.PutBegin, item: Encoded
     ) -> bool:
         """One object, without waiting for the answer to its begin. False: the stream has ended."""
         if answers.ended:
@@ -260,16 +267,28 @@ class StoreClient:
     ) -> AsyncGenerator[StoreObject | Missing, None]:
         self._check_open()
         call = self._get_call(request.SerializeToString())
-        ahead = _ReadAhead(call)
+        ahead = ReadAhead(call)
         patience_s = self._timeout_s + request.wait_ms / 1000
         try:
-            for id_ in request.ids:
+            done = 0
+            while done < len(request.ids):
+                id_ = request.ids[done]
                 raw = await self._read(ahead, patience_s)
                 first = first_of(raw)
                 if first is None:
                     message = self._parse_get(raw)
                     if message.WhichOneof("message") == "missing" and message.missing.id == id_:
                         yield Missing(id_)
+                        done += 1
+                        continue
+                    if message.WhichOneof("message") == "shared":
+                        names = [item.id for item in message.shared.objects]
+                        if not names or names != request.ids[done : done + len(names)]:
+                            raise self._protocol_error("answered for other ids")
+                        async with aclosing(self._copy_shared(message.shared, request)) as items:
+                            async for item in items:
+                                yield item
+                        done += len(names)
                         continue
                     start, head = message.start, memoryview(message.start.head)
                 else:
@@ -277,6 +296,7 @@ class StoreClient:
                 if start.id != id_:
                     raise self._protocol_error("answered for another id")
                 yield await self._receive(ahead, start, head)
+                done += 1
         except grpc.aio.AioRpcError as error:
             raise error_from(error, self.address) from error
         finally:
@@ -284,7 +304,7 @@ class StoreClient:
             await ahead.close()
 
     async def _receive(
-        self, ahead: _ReadAhead, start: kv_pb2.GetStart, head: memoryview
+        self, ahead: ReadAhead, start: kv_pb2.GetStart, head: memoryview
     ) -> StoreObject | Missing:
         """One object's data; `Missing` if it is not what its id promises."""
         self._epoch = start.epoch
@@ -311,16 +331,50 @@ class StoreClient:
         if filled > start.size_bytes:
             raise self._protocol_error("sent another number of bytes than it said")
         self._transferred("get", 1, filled, time.monotonic() - begun)
+        is_whole = fits and await digest_of(raw) == start.digest
+        return self._decoded(start.id, raw if is_whole else None)
+
+    async def _copy_shared(
+        self, shared: kv_pb2.GetShared, request: kv_pb2.GetRequest
+    ) -> AsyncGenerator[StoreObject | Missing, None]:
+        """The objects, copied from the node's memory; what cannot be had there comes as bytes."""
+        self._epoch = shared.epoch
+        again = kv_pb2.GetRequest()
+        again.CopyFrom(request)
+        again.host, again.wait_ms = b"", 0
+        arena = self._shared.open(shared)
+        if arena is None:
+            again.ids[:] = [ticket.id for ticket in shared.objects]
+            async for found in self._get_some(again):
+                yield found
+            return
+        begun = time.monotonic()
+        tickets = shared.objects
+        async with aclosing(copies(arena, tickets, self._largest_bytes)) as copied:
+            for ticket in tickets:
+                raw = await anext(copied)
+                self._transferred("get", 1, ticket.size_bytes, time.monotonic() - begun)
+                if raw is not None:
+                    yield self._decoded(ticket.id, raw)
+                else:
+                    # Its lease may have ended before it was copied: the node knows.
+                    again.ids[:] = [ticket.id]
+                    async for found in self._get_some(again):
+                        yield found
+                begun = time.monotonic()
+
+    def _decoded(self, id_: bytes, raw: Buffer | None) -> StoreObject | Missing:
+        """The object; Missing if `raw`, None for bytes without their digest, is not what `id_`
+        promises.
+        """
         try:
-            if not fits or await digest_of(raw) != start.digest:
+            if raw is None:
                 raise BlockIntegrityError("an object's bytes do not match their BLAKE3 digest")
-            return decode_verified(
-                raw, id_=start.id, fingerprint=self._fingerprint, layout=self._layout
-            )
+            return decode_verified(raw, id_=id_, fingerprint=self._fingerprint, layout=self._layout)
         except BlockIntegrityError:
             self.integrity_failures += 1
             self._meter.add(M.INTEGRITY_FAILURES)
-            return Missing(start.id)
+            return Missing(id_)
 
     def _transferred(self, direction: str, count: int, size_bytes: int, seconds: float) -> None:
         self._meter.add(M.TRANSFER_OBJECTS, count, direction=direction)
@@ -339,7 +393,7 @@ class StoreClient:
         except DecodeError as error:
             raise self._protocol_error("sent what is no message") from error
 
-    async def _read(self, ahead: _ReadAhead, patience_s: float) -> bytes:
+    async def _read(self, ahead: ReadAhead, patience_s: float) -> bytes:
         try:
             async with asyncio.timeout(patience_s):
                 message = await ahead.read()
@@ -369,63 +423,6 @@ class StoreClient:
 
     def _protocol_error(self, what: str) -> StoreUnavailableError:
         return StoreUnavailableError(f"the KV store at {self.address} {what}")
-
-
-class _ReadAhead:
-    """Reads a Get stream one message ahead: it arrives while the one before it is verified."""
-
-    def __init__(self, call: Any) -> None:
-        self.call = call
-        self._next = asyncio.ensure_future(call.read())
-
-    async def read(self) -> Any:
-        message = await self._next
-        if message is not grpc.aio.EOF:
-            self._next = asyncio.ensure_future(self.call.read())
-        return message
-
-    async def close(self) -> None:
-        self._next.cancel()
-        await asyncio.gather(self._next, return_exceptions=True)
-
-
-class _PutAnswers:
-    """Reads a Put stream's answers while its data is being sent."""
-
-    def __init__(self, call: Any, count: int) -> None:
-        self._call = call
-        self._count = count
-        self.ended = False
-        """No further answer will come: more data is pointless."""
-        self.fresh: list[bool] = []
-
-    async def read(self) -> None:
-        """Until every object is settled. Raises the call's error."""
-        try:
-            while len(self.fresh) < self._count:
-                raw = await self._call.read()
-                if raw is grpc.aio.EOF:
-                    raise asyncio.InvalidStateError("the stream ended early")
-                answer = _parse_put(raw)
-                status = answer.status
-                if status == kv_pb2.PutResponse.STATUS_REFUSED:
-                    retry_after_s = answer.retry_after_ms / 1000 or None
-                    raise from_code(
-                        answer.error_code, answer.error_message, retry_after_s=retry_after_s
-                    )
-                if status == kv_pb2.PutResponse.STATUS_EXISTS:
-                    self.fresh.append(False)
-                elif status == kv_pb2.PutResponse.STATUS_COMMITTED:
-                    self.fresh.append(True)
-        finally:
-            self.ended = True
-
-
-def _parse_put(raw: bytes) -> kv_pb2.PutResponse:
-    try:
-        return kv_pb2.PutResponse.FromString(raw)
-    except DecodeError as error:
-        raise StoreUnavailableError("the KV store sent what is no message") from error
 
 
 def check_all(ids: Sequence[bytes]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from kvstore.announcer import Announcer
+from kvstore.arena import Arena
 from kvstore.catalog import Catalog, Entry, Limits, Reservation
 from kvstore.codec import check_id, object_kind
 from kvstore.config import MAX_IDS_PER_CALL, StoreConfig
@@ -55,7 +56,7 @@ class StoreNode:
         )
         policy = open_policy(config.eviction, config.memory_bytes)
         self._catalog = Catalog(limits, policy=policy, clock=clock)
-        self._memory = MemoryTier()
+        self._memory = MemoryTier(config.memory_bytes)
         self._disk: DiskTier | None = None
         self._clock = clock
         self._waiters: dict[bytes, set[asyncio.Future[None]]] = {}
@@ -163,6 +164,12 @@ class StoreNode:
                 return None
             await self._committed(id_, deadline)
 
+    def shared(self, found: OpenGet) -> tuple[Arena, int] | None:
+        """Where a reader on this host finds the bytes; None if they are not in shared memory."""
+        arena = self._memory.arena
+        offset = None if arena is None else arena.offset_of(found.data)
+        return None if arena is None or offset is None else (arena, offset)
+
     def stat(self) -> StoreStat:
         usage = self._catalog.usage()
         self._let_go()
@@ -193,7 +200,7 @@ class StoreNode:
     # What an `OpenPut` asks of its keeper
 
     def keep(
-        self, put: OpenPut, data: bytearray, digest: bytes, header: kv_pb2.ObjectHeader
+        self, put: OpenPut, data: memoryview, digest: bytes, header: kv_pb2.ObjectHeader
     ) -> bool:
         id_, kind = put.reservation.id, put.reservation.kind
         position = header.index
@@ -216,6 +223,9 @@ class StoreNode:
             self._spill(id_, owner=put.owner)
         self._let_go()
         return fresh
+
+    def allocate(self, size_bytes: int) -> memoryview:
+        return self._memory.allocate(size_bytes)
 
     def give_up(self, reservation: Reservation) -> None:
         self._catalog.abort(reservation)

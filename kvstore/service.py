@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import asdict
 from typing import Any
 
 import grpc
 
+from kvstore.arena import Arena, host_identity
 from kvstore.node import StoreNode, check_ids, check_owner
 from kvstore.rpc import abort_with, parse, unary
 from kvstore.transfer import OpenGet, OpenPut
@@ -18,6 +20,7 @@ from penstock.telemetry.trace import NO_TRACER, Tracer
 from protos.penstock.kv.v1 import kv_pb2
 
 SERVICE = "penstock.kv.v1.KvStore"
+_SHARED_PER_MESSAGE = 64
 INLINE_BYTES = 1 << 17
 """Data that is copied and hashed on the event loop: a thread would cost more time than it saves."""
 
@@ -28,6 +31,7 @@ class KvStoreService:
     def __init__(self, node: StoreNode, tracer: Tracer = NO_TRACER) -> None:
         self._node = node
         self._tracer = tracer
+        self._host = host_identity()
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """For `grpc.aio.Server.add_generic_rpc_handlers`. Put and Get carry raw bytes."""
@@ -121,8 +125,21 @@ class KvStoreService:
         # cannot be evicted while its head is on the way.
         self._node.lease(request.ids, owner=request.owner, ttl_s=ttl_s)
         trace.note(ids=len(request.ids), wait_ms=request.wait_ms)
+        is_near = bool(ttl_s) and request.host == self._host and bool(self._host)
+        shared = kv_pb2.GetShared()
         for id_ in request.ids:
+            if len(shared.objects) and not self._node.has([id_])[0]:
+                # What is there must not wait with what is not.
+                await self._send_shared(shared, context)
             found = await self._node.open(id_, owner=request.owner, ttl_s=ttl_s, wait_s=wait_s)
+            place = self._node.shared(found) if found is not None and is_near else None
+            if found is not None and place is not None:
+                _add(shared, id_, found, *place)
+                found.close()
+                if len(shared.objects) == _SHARED_PER_MESSAGE:
+                    await self._send_shared(shared, context)
+                continue
+            await self._send_shared(shared, context)
             if found is None:
                 missing = kv_pb2.GetResponse(missing=kv_pb2.GetMissing(id=id_))
                 await self._send(context, missing.SerializeToString())
@@ -131,6 +148,13 @@ class KvStoreService:
                 await self._send_object(id_, found, context)
             finally:
                 found.close()
+        await self._send_shared(shared, context)
+
+    async def _send_shared(self, shared: kv_pb2.GetShared, context: Any) -> None:
+        if len(shared.objects):
+            shared.pid, shared.epoch = os.getpid(), self._node.epoch
+            await self._send(context, kv_pb2.GetResponse(shared=shared).SerializeToString())
+            shared.Clear()
 
     async def _send_object(self, id_: bytes, found: OpenGet, context: Any) -> None:
         start = kv_pb2.GetStart(
@@ -264,6 +288,11 @@ class _PutStream:
         if fresh:
             status = kv_pb2.PutResponse.STATUS_COMMITTED
         return kv_pb2.PutResponse(status=status, id=put.reservation.id)
+
+
+def _add(shared: kv_pb2.GetShared, id_: bytes, found: OpenGet, arena: Arena, offset: int) -> None:
+    shared.fd, shared.secret = arena.fd, arena.secret
+    shared.objects.add(id=id_, offset=offset, size_bytes=len(found.data), digest=found.digest)
 
 
 def _refused(id_: bytes, error: PenstockError) -> kv_pb2.PutResponse:

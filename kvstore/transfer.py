@@ -19,9 +19,12 @@ class Keeper(Protocol):
     """Who takes an object that was written whole: the node."""
 
     def keep(
-        self, put: OpenPut, data: bytearray, digest: bytes, header: kv_pb2.ObjectHeader
+        self, put: OpenPut, data: memoryview, digest: bytes, header: kv_pb2.ObjectHeader
     ) -> bool:
         """Make it visible; True if nobody was first."""
+
+    def allocate(self, size_bytes: int) -> memoryview:
+        """Memory to write an object to."""
 
     def give_up(self, reservation: Reservation) -> None:
         """Give reserved bytes back. Idempotent, also after `keep`."""
@@ -47,7 +50,7 @@ class OpenPut:
         self.ttl_s = ttl_s
         self.rolling = rolling
         self._keeper = keeper
-        self._data = bytearray(reservation.size_bytes)
+        self._data = keeper.allocate(reservation.size_bytes)
         self._filled = 0
         self._hasher = blake3()
 

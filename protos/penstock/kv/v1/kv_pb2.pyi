@@ -321,10 +321,15 @@ class GetRequest(_message.Message):
     OWNER_FIELD_NUMBER: _builtins.int
     LEASE_TTL_MS_FIELD_NUMBER: _builtins.int
     WAIT_MS_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
     owner: _builtins.str
     lease_ttl_ms: _builtins.int
     wait_ms: _builtins.int
     """0: answer Missing at once."""
+    host: _builtins.bytes
+    """Identity of the reader's host (kvstore/arena.py). If it is the node's own, objects that are leased by this call may be
+    answered by GetShared: the reader copies them from the node's shared memory.
+    """
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
@@ -334,10 +339,11 @@ class GetRequest(_message.Message):
         owner: _builtins.str = ...,
         lease_ttl_ms: _builtins.int = ...,
         wait_ms: _builtins.int = ...,
+        host: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "lease_ttl_ms", b"lease_ttl_ms", "owner", b"owner", "wait_ms", b"wait_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "ids", b"ids", "lease_ttl_ms", b"lease_ttl_ms", "owner", b"owner", "wait_ms", b"wait_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -350,27 +356,96 @@ class GetResponse(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     MISSING_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     @_builtins.property
     def start(self) -> Global___GetStart: ...
     @_builtins.property
     def missing(self) -> Global___GetMissing: ...
+    @_builtins.property
+    def shared(self) -> Global___GetShared: ...
     def __init__(
         self,
         *,
         start: Global___GetStart | None = ...,
         data: _builtins.bytes = ...,
         missing: Global___GetMissing | None = ...,
+        shared: Global___GetShared | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "message", b"message", "missing", b"missing", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "message", b"message", "missing", b"missing", "shared", b"shared", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "message", b"message", "missing", b"missing", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "message", b"message", "missing", b"missing", "shared", b"shared", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["start", "data", "missing"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["start", "data", "missing", "shared"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___GetResponse: _TypeAlias = GetResponse  # noqa: Y015
+
+@_typing.final
+class GetShared(_message.Message):
+    """The next objects of the answer, in shared memory. They stay there while they are leased; a reader that copies too late
+    sees that by the digest.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PID_FIELD_NUMBER: _builtins.int
+    FD_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    OBJECTS_FIELD_NUMBER: _builtins.int
+    pid: _builtins.int
+    """/proc/PID/fd/FD is the memory, `secret` stands at its start."""
+    fd: _builtins.int
+    secret: _builtins.bytes
+    epoch: _builtins.int
+    @_builtins.property
+    def objects(self) -> _containers.RepeatedCompositeFieldContainer[Global___SharedObject]: ...
+    def __init__(
+        self,
+        *,
+        pid: _builtins.int = ...,
+        fd: _builtins.int = ...,
+        secret: _builtins.bytes = ...,
+        epoch: _builtins.int = ...,
+        objects: _abc.Iterable[Global___SharedObject] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "fd", b"fd", "objects", b"objects", "pid", b"pid", "secret", b"secret"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetShared: _TypeAlias = GetShared  # noqa: Y015
+
+@_typing.final
+class SharedObject(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    id: _builtins.bytes
+    offset: _builtins.int
+    size_bytes: _builtins.int
+    digest: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        id: _builtins.bytes = ...,
+        offset: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "id", b"id", "offset", b"offset", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedObject: _TypeAlias = SharedObject  # noqa: Y015
 
 @_typing.final
 class GetStart(_message.Message):

@@ -1,0 +1,168 @@
+"""Shared memory that holds a node's objects, so that a reader on the same host copies them itself.
+
+One memfd, sparse and larger than the node's budget: it has no name that a killed process could
+leave behind, and pages that are given back are punched out of it. A reader opens it through
+`/proc/PID/fd`, which the kernel allows to the same user in the same PID namespace only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import secrets
+import sys
+import threading
+import weakref
+from pathlib import Path
+
+import numpy as np
+
+LEAST_BYTES = 1 << 16
+"""Smaller objects are in ordinary memory: pages would cost more than they hold."""
+RECYCLED_BYTES = 64 << 20
+"""Most freed memory that is kept for the next objects; the rest goes back to the system."""
+SECRET_BYTES = 32
+_NAME = "penstock-kv"
+_PAGE_BYTES = mmap.PAGESIZE
+_ROOM = 4
+"""Addresses by budget: objects of other sizes leave gaps, and gaps cost addresses, not memory."""
+
+
+def host_identity() -> bytes:
+    """Equal for two processes that may open each other's memory; empty where none can."""
+    if not sys.platform.startswith("linux"):
+        return b""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+        space = Path("/proc/self/ns/pid").stat()
+    except OSError:
+        return b""
+    parts = (boot, str(space.st_dev), str(space.st_ino), str(os.geteuid()))
+    return hashlib.sha256(repr(parts).encode()).digest()
+
+
+class Arena:
+    """Hands out memory; what nobody refers to any more is used again. Safe from any thread.
+
+    `secret` stands at its start: a reader that finds it has opened this arena and no other file.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        """Takes addresses for four times `budget_bytes`, and memory as objects come."""
+        self._lock = threading.Lock()
+        self._size_bytes = _PAGE_BYTES + _pages(_ROOM * budget_bytes + RECYCLED_BYTES)
+        self.fd = os.memfd_create(_NAME, os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, self._size_bytes)
+        self._map = mmap.mmap(self.fd, self._size_bytes)
+        self.secret = secrets.token_bytes(SECRET_BYTES)
+        self._map[:SECRET_BYTES] = self.secret
+        self._base = np.frombuffer(self._map, np.uint8).ctypes.data
+        self._next = _PAGE_BYTES
+        self._warm: dict[int, list[int]] = {}
+        """Offsets by size of what was freed and still has its memory."""
+        self._warm_bytes = 0
+        self._gaps: list[tuple[int, int]] = []
+        """Offset and size of what was given back to the system."""
+
+    def allocate(self, size_bytes: int) -> memoryview | None:
+        """Memory with anything in it; None if there is no room for it in one piece."""
+        length = _pages(size_bytes)
+        with self._lock:
+            offset = self._find(length)
+        if offset is None:
+            return None
+        region = np.frombuffer(self._map, np.uint8, count=size_bytes, offset=offset)
+        # Every view of the region refers to this array: it ends with the last of them.
+        weakref.finalize(region, self._free, offset, length).atexit = False
+        return memoryview(region.data)
+
+    def offset_of(self, data: memoryview) -> int | None:
+        """Where `data` lies; None if it is other memory."""
+        if not len(data):
+            return None
+        offset = int(np.frombuffer(data, np.uint8).ctypes.data) - self._base
+        return offset if 0 < offset < self._size_bytes else None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that it takes from the system."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def _find(self, length: int) -> int | None:
+        same = self._warm.get(length)
+        if same:
+            self._warm_bytes -= length
+            return same.pop()
+        if self._next + length <= self._size_bytes:
+            self._next += length
+            return self._next - length
+        self._give_back(0)
+        self._join_gaps()
+        for place, (offset, size) in enumerate(self._gaps):
+            if size >= length:
+                self._gaps[place] = (offset + length, size - length)
+                return offset
+        return None
+
+    def _free(self, offset: int, length: int) -> None:
+        with self._lock:
+            self._warm.setdefault(length, []).append(offset)
+            self._warm_bytes += length
+            if self._warm_bytes > RECYCLED_BYTES:
+                self._give_back(RECYCLED_BYTES // 2)
+
+    def _give_back(self, keep_bytes: int) -> None:
+        for length, offsets in list(self._warm.items()):
+            while offsets and self._warm_bytes > keep_bytes:
+                offset = offsets.pop()
+                self._map.madvise(mmap.MADV_REMOVE, offset, length)
+                self._gaps.append((offset, length))
+                self._warm_bytes -= length
+            if not offsets:
+                del self._warm[length]
+
+    def _join_gaps(self) -> None:
+        joined: list[tuple[int, int]] = []
+        for offset, size in sorted(self._gaps):
+            if joined and sum(joined[-1]) == offset:
+                joined[-1] = (joined[-1][0], joined[-1][1] + size)
+            elif size:
+                joined.append((offset, size))
+        self._gaps = joined
+
+
+class ArenaReader:
+    """Another process's arena, opened for reading. Raises OSError unless it is that arena."""
+
+    def __init__(self, pid: int, fd: int, secret: bytes) -> None:
+        path = Path(f"/proc/{pid}/fd/{fd}")
+        # Nothing else is opened: a pipe would wait, a device might act.
+        if not str(path.readlink()).startswith(f"/memfd:{_NAME}"):
+            raise FileNotFoundError(f"{path} is no arena")
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if len(secret) != SECRET_BYTES or os.pread(self._fd, SECRET_BYTES, 0) != secret:
+            self.close()
+            raise FileNotFoundError(f"{path} is another arena")
+        self.secret = secret
+
+    def copy(self, offset: int, size_bytes: int) -> memoryview:
+        """The bytes there now, in memory of one's own. Raises OSError if they end early."""
+        data = memoryview(np.empty(size_bytes, np.uint8).data)
+        done = 0
+        while done < size_bytes:
+            got = os.preadv(self._fd, [data[done:]], offset + done)
+            if not got:
+                raise OSError("the arena ends inside an object")
+            done += got
+        return data
+
+    def close(self) -> None:
+        """May be called again."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _pages(size_bytes: int) -> int:
+    return -(-size_bytes // _PAGE_BYTES) * _PAGE_BYTES
