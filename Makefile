@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PROTOS := protos/penstock/kv/v1/kv.proto protos/penstock/worker/v1/worker.proto \
 	protos/penstock/telemetry/v1/telemetry.proto protos/penstock/batch/v1/batch.proto
 
-.PHONY: setup demo serve test check bench bench-gpu proto helm docs clean
+.PHONY: setup demo serve test chaos check bench bench-gpu proto helm docs clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,11 @@ serve: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The store's crash matrix, longer than in `make test`: so many schedules for each machine that draws them.
+SCHEDULES ?= 5000
+chaos: setup
+	$(BIN)/python -m pytest -q -s tests/chaos --chaos-schedules $(SCHEDULES)
 
 check: setup
 	$(BIN)/ruff check .

@@ -12,9 +12,10 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from kvstore.disk.log import CatalogLog, LogContents, Place, read_log
+from kvstore.disk.log import CatalogLog, LogContents, Place, read_log, sync_folder
 from penstock.errors import UsageError
 
 _LOG = "catalog.log"
@@ -41,6 +42,8 @@ class DiskFiles:
                 f"the disk tier in {folder} cannot be read: {error.strerror}"
             ) from error
         self.damaged = contents.damaged
+        self.unreadable = 0
+        """Objects given up because compaction could not read them."""
         self._places = contents.places
         self._live: dict[int, dict[bytes, None]] = {}
         self._live_bytes: dict[int, int] = {}
@@ -50,8 +53,11 @@ class DiskFiles:
         # A new extent for each start: what a crash left at the end of the last one stays a hole.
         self._head = max([*self._sizes, self._highest], default=-1) + 1
         self._head_fd: int | None = None
+        self._new_name = True
+        # A process that was killed may have left extents that no one synced.
+        self._inherited = list(self._sizes)
         for extent in [number for number in self._sizes if number not in self._live]:
-            self._delete(extent)
+            self._try_delete(extent)
 
     @property
     def places(self) -> dict[bytes, Place]:
@@ -68,6 +74,7 @@ class DiskFiles:
 
         `place`'s extent and offset are chosen here.
         """
+        self._trim_log()
         self._make_space(len(data))
         placed = self._append(place, data)
         self._log.put(placed)
@@ -76,7 +83,6 @@ class DiskFiles:
             self._uncount(before)
         self._places[placed.id] = placed
         self._count(placed)
-        self._trim_log()
         return placed
 
     def drop(self, ids: Iterable[bytes]) -> None:
@@ -103,8 +109,14 @@ class DiskFiles:
 
     def sync(self) -> None:
         """Everything written so far is on the medium: extents first, then what names them."""
+        while self._inherited:
+            self._sync_extent(self._inherited[-1])
+            self._inherited.pop()
         if self._head_fd is not None:
             os.fdatasync(self._head_fd)
+        if self._new_name:
+            sync_folder(self.folder)
+            self._new_name = False
         self._log.sync()
 
     def close(self) -> None:
@@ -144,6 +156,7 @@ class DiskFiles:
         if self._head_fd is None:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
             self._head_fd = os.open(self._path(self._head), flags, 0o600)
+            self._new_name = True
             self._sizes[self._head] = os.fstat(self._head_fd).st_size
         offset = self._sizes[self._head]
         try:
@@ -164,6 +177,16 @@ class DiskFiles:
             len(data),
         )
 
+    def _sync_extent(self, extent: int) -> None:
+        try:
+            fd = os.open(self._path(extent), os.O_RDONLY)
+        except FileNotFoundError:
+            return
+        try:
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+
     def _seal(self) -> None:
         if self._head_fd is None:
             return
@@ -171,7 +194,7 @@ class DiskFiles:
         os.close(self._head_fd)
         self._head_fd = None
         if self._head not in self._live:
-            self._delete(self._head)
+            self._try_delete(self._head)
         self._head += 1
 
     def _make_space(self, size_bytes: int) -> None:
@@ -187,13 +210,23 @@ class DiskFiles:
             holes = self._sizes[worst] - self._live_bytes.get(worst, 0)
             if holes <= 0:
                 raise OSError(28, "the disk tier's extents hold no space to win back")
-            self._move(list(self._live.get(worst, ())))
+            if worst in self._live:
+                self._move(list(self._live[worst]))
+                # Until the copies are on the medium a power cut may take them.
+                self.sync()
             self._delete(worst)
 
     def _move(self, ids: Sequence[bytes]) -> None:
         for id_ in ids:
             place = self._places[id_]
-            data = _read_range(self._path(place.extent), place.offset, place.size_bytes)
+            try:
+                data = _read_range(self._path(place.extent), place.offset, place.size_bytes)
+            except OSError:
+                # One bad sector must not stop every later write; its readers will miss.
+                self.unreadable += 1
+                self._log.drop([id_])
+                self._uncount(self._places.pop(id_), keep_file=True)
+                continue
             placed = self._append(place, memoryview(data))
             self._log.put(placed)
             self._uncount(place, keep_file=True)
@@ -215,7 +248,12 @@ class DiskFiles:
         if not live:
             del self._live[place.extent], self._live_bytes[place.extent]
             if place.extent != self._head and not keep_file:
-                self._delete(place.extent)
+                self._try_delete(place.extent)
+
+    def _try_delete(self, extent: int) -> None:
+        """A file that cannot be deleted now stays a hole, and compaction tries again."""
+        with suppress(OSError):
+            self._delete(extent)
 
     def _delete(self, extent: int) -> None:
         self._path(extent).unlink(missing_ok=True)

@@ -110,6 +110,15 @@ def read_log(path: Path) -> LogContents:
     return LogContents(places, records, damaged)
 
 
+def sync_folder(folder: Path) -> None:
+    """Names made or replaced in `folder` are on the medium. OSError passes."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 class CatalogLog:
     """The log's writing end. One thread uses it. OSError passes; the log stays readable."""
 
@@ -143,6 +152,7 @@ class CatalogLog:
             file.flush()
             os.fdatasync(file.fileno())
         fresh.replace(self._path)
+        sync_folder(self._path.parent)
         os.close(self._fd)
         self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND)
         self._end = count * RECORD_BYTES

@@ -1,0 +1,1 @@
+"""Kill, cut and damage: what the store must survive at every step."""
