@@ -85,13 +85,13 @@ class Medium:
         if self._log_before is None and new.exists():
             raw = new.read_bytes()
             self._log_before = raw[: self._synced.get(new.stat().st_ino, 0)]
-        os.replace(old, new)
+        old.replace(new)
         self._new_names.discard(old.name)
 
     def unlink(self, path: Path) -> None:
         if self._step():
             self._stop()
-        os.unlink(path)
+        path.unlink()
 
     # What a test does
 

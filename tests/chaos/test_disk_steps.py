@@ -7,9 +7,9 @@ and for a rewritten log. Contents are a function of the id, as in the store.
 from __future__ import annotations
 
 import errno
-import os
 import random
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -150,10 +150,8 @@ def killed(switch: Switch, ops: list[Op], at: int, torn: float, power: int | Non
         life = Life(Path(root), switch)
         medium = life.switch.medium
         medium.kill_at, medium.torn = medium.steps + at, torn
-        try:
+        with suppress(KilledError):
             life.run(ops)
-        except KilledError:
-            pass
         reached = medium.dead
         life.die()
         if power is None:
@@ -249,7 +247,7 @@ def test_an_extent_that_cannot_be_read_does_not_stop_the_compaction(tmp_path: Pa
     for number in range(15):
         write(number)
     files.drop([bytes([number]) * 32 for number in (0, 1, 4, 8)])
-    os.unlink(min((tmp_path / "kv").glob("extent-*.kv")))
+    min((tmp_path / "kv").glob("extent-*.kv")).unlink()
     for number in range(20, 23):
         write(number)
     assert bytes([22]) * 32 in files.places

@@ -47,24 +47,10 @@ RAWS = [
 ]
 SERVICE = "/penstock.kv.v1.KvStore/"
 STEPS = [
-    "put",
-    "put",
-    "put",
-    "put_cut",
-    "put_cut",
-    "get",
-    "get",
-    "get_cut",
-    "get_cut",
-    "lease",
-    "release",
-    "flush",
-    "kill",
-    "kill_at",
-    "refuse",
-    "slow",
-    "damage",
-    "jump",
+    *["put"] * 4,
+    *["put_cut", "get", "get_cut"] * 2,
+    *["lease", "release", "flush", "kill", "kill_at"],
+    *["refuse", "slow", "damage", "jump"],
 ]
 SCHEDULES = st.lists(
     st.tuples(st.sampled_from(STEPS), st.integers(0, len(ITEMS) - 1), st.integers(0, 12)),
