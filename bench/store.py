@@ -1,7 +1,8 @@
 """`penstock bench store`: how fast blocks move through the store's client, beside plain TCP.
 
 A store node of its own; puts, gets and lookups of 256-token blocks over loopback, each round
-followed by the same bytes over a bare TCP connection.
+followed by the same bytes over a bare TCP connection; the same blocks handed over in shared memory,
+beside plain copies; then the parts in `bench.store_parts`.
 """
 
 from __future__ import annotations
@@ -15,21 +16,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+
 from bench import tcp_peer
 from bench.report import Report, Row
-from bench.stats import finite, low_median_high, ratio
+from bench.stats import finite, low_median_high, median, ratio
+from bench.store_parts import CHUNKS, LOOKUP_IDS, index_rows, overlap_row, plan_row
 from kvstore.client import StoreClient
+from kvstore.codec import digest_now
 from kvstore.contracts import StoreObject
 from penstock.blocks import BLOCK_TOKENS, CacheLayout, Component, ComponentKind, ObjectKind
 from penstock.errors import PenstockError
 from penstock.identity import Chain, fingerprint, namespace
 
-LOOKUP_IDS = 4096
 _RATIO = 4
 _FINGERPRINT = fingerprint({"model": "bench-store"})
 _SHOWS_NOT = (
     "a network: both ends share this machine's cores and memory",
-    "several clients at once, a Redis index, or a node that evicts",
+    "several clients at once, or a node that evicts",
+    "where the table `index` is empty: Redis; this machine has no redis-server",
 )
 
 
@@ -43,8 +48,14 @@ def run(*, block_kib: int, blocks: int, repeats: int) -> Report:
     began_s = time.monotonic()
     shape = layout(block_kib << 10)
     total = shape.block_bytes * blocks
-    with _node(2 * (repeats + 1) * total + (64 << 20)) as address, _peer() as peer:
+    chunk_blocks = max(1, blocks // 4)
+    memory = 2 * (repeats + 1) * total + 2 * (CHUNKS + 1) * chunk_blocks * shape.block_bytes
+    with _node(memory + (64 << 20)) as address, _peer() as peer:
         rounds = asyncio.run(_measure(address, peer, shape, blocks=blocks, repeats=repeats))
+        plan, overlap = asyncio.run(
+            _parts(address, shape, repeats=repeats, chunk_blocks=chunk_blocks)
+        )
+    index = asyncio.run(index_rows())
     return Report(
         bench="store",
         settings={
@@ -53,7 +64,14 @@ def run(*, block_kib: int, blocks: int, repeats: int) -> Report:
             "round_bytes": total,
             "repeats": repeats,
         },
-        tables={"bytes": rate_rows(rounds, total), "lookups": [_lookup_row(rounds["has"])]},
+        tables={
+            "bytes": rate_rows(rounds, total),
+            "shared memory": [shared_row(rounds, total)],
+            "lookups": [_lookup_row(rounds["has"])],
+            "index": index,
+            "plan": [plan],
+            "overlap": [overlap],
+        },
         shows_not=_SHOWS_NOT,
         wall_s=time.monotonic() - began_s,
     )
@@ -83,6 +101,47 @@ def rate_rows(rounds: dict[str, list[float]], total_bytes: int) -> list[Row]:
     return rows
 
 
+def shared_row(rounds: dict[str, list[float]], total_bytes: int) -> Row:
+    """GB/s of a hand-over in memory, whole and without its digest, beside plain copies. Pure."""
+    whole, digest, plain, over = (
+        median(rounds[name]) for name in ("shared", "digest", "memcpy", "memcpy over")
+    )
+    moved = [a - b for a, b in zip(rounds["shared"], rounds["digest"], strict=True)]
+    return {
+        "n": len(moved),
+        "get_gb_s": finite(total_bytes / 1e9 / whole),
+        "digest_gb_s": finite(total_bytes / 1e9 / digest),
+        "without_digest_gb_s": ratio(total_bytes / 1e9, max(0.0, median(moved))),
+        "memcpy_gb_s": finite(total_bytes / 1e9 / plain),
+        "share_of_memcpy": ratio(plain, max(0.0, median(moved))),
+        "memcpy_over_gb_s": finite(total_bytes / 1e9 / over),
+        "share_of_memcpy_over": ratio(over, max(0.0, median(moved))),
+    }
+
+
+async def _parts(
+    address: str, shape: CacheLayout, *, repeats: int, chunk_blocks: int
+) -> tuple[Row, Row]:
+    writer, reader = (
+        StoreClient(
+            address,
+            fingerprint=_FINGERPRINT,
+            layout=shape,
+            call_timeout_s=60.0,
+            share_memory=False,
+        )
+        for _ in range(2)
+    )
+    try:
+        return (
+            await plan_row(reader, repeats=repeats),
+            await overlap_row(writer, reader, shape, chunk_blocks=chunk_blocks),
+        )
+    finally:
+        await writer.close()
+        await reader.close()
+
+
 def _lookup_row(seconds: Sequence[float]) -> Row:
     low, middle, high = low_median_high(seconds)
     return {
@@ -100,11 +159,25 @@ async def _measure(
 ) -> dict[str, list[float]]:
     """Seconds of each round. The first round warms up and is not counted."""
     rounds: dict[str, list[float]] = {
-        name: [] for name in ("put", "get", "tcp put", "tcp get", "has")
+        name: []
+        for name in (
+            *("put", "get", "tcp put", "tcp get"),
+            *("shared", "digest", "memcpy", "memcpy over", "has"),
+        )
     }
     total = shape.block_bytes * blocks
     payload = random.Random(0).randbytes(shape.block_bytes)
-    client = StoreClient(address, fingerprint=_FINGERPRINT, layout=shape, call_timeout_s=60.0)
+    # As on another host; a second client reads as on the same one.
+    client, near = (
+        StoreClient(
+            address,
+            fingerprint=_FINGERPRINT,
+            layout=shape,
+            call_timeout_s=60.0,
+            share_memory=is_near,
+        )
+        for is_near in (False, True)
+    )
     try:
         for number in range(repeats + 1):
             chain = _chain(blocks, number)
@@ -119,6 +192,8 @@ async def _measure(
             get_s = time.perf_counter()
             if not all(fresh) or not all(isinstance(item, StoreObject) for item in got):
                 raise PenstockError("the store did not keep what the benchmark put into it")
+            del got
+            shared_s, digest_s, memcpy_s, over_s = await _shared_round(near, chain.blocks)
             tcp_put_s, tcp_get_s = await asyncio.to_thread(_tcp_round, peer, total)
             ids = [*chain.blocks, *_chain(LOOKUP_IDS - blocks, number, "absent").blocks]
             lookup_s = time.perf_counter()
@@ -132,12 +207,46 @@ async def _measure(
                     ("get", get_s - put_s),
                     ("tcp put", tcp_put_s),
                     ("tcp get", tcp_get_s),
+                    ("shared", shared_s),
+                    ("digest", digest_s),
+                    ("memcpy", memcpy_s),
+                    ("memcpy over", over_s),
                     ("has", lookup_s),
                 ):
                     rounds[name].append(seconds)
     finally:
         await client.close()
+        await near.close()
     return rounds
+
+
+async def _shared_round(
+    client: StoreClient, ids: Sequence[bytes]
+) -> tuple[float, float, float, float]:
+    """Seconds to hold all objects, to hash them once, and to copy as much into new memory and into
+    memory that is there already.
+    """
+    began_s = time.perf_counter()
+    got = [item async for item in client.get(ids, owner="near", lease_ttl_s=60.0)]
+    shared_s = time.perf_counter() - began_s
+    views = [memoryview(item.payload) for item in got if isinstance(item, StoreObject)]
+    digest_s = _seconds(lambda: [digest_now(view) for view in views])
+    sources = [bytes(view) for view in views]
+    # What the hand-over took is free again: plain copies find as much memory as it did.
+    got.clear()
+    views.clear()
+    copies: list[memoryview] = []
+
+    def copy() -> None:
+        for source in sources:
+            copies.append(memoryview(np.empty(len(source), np.uint8).data))
+            copies[-1][:] = source
+
+    def copy_over() -> None:
+        for target, source in zip(copies, sources, strict=True):
+            target[:] = source
+
+    return shared_s, digest_s, _seconds(copy), _seconds(copy_over)
 
 
 def _chain(blocks: int, number: int, tenant: str = "bench") -> Chain:
@@ -162,7 +271,7 @@ def _tcp_round(peer: socket.socket, total: int) -> tuple[float, float]:
     return _seconds(put), _seconds(get)
 
 
-def _seconds(work: Callable[[], None]) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     began_s = time.perf_counter()
     work()
     return time.perf_counter() - began_s

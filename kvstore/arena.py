@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kvstore.contracts import Buffer
+
 LEAST_BYTES = 1 << 16
 """Smaller objects are in ordinary memory: pages would cost more than they hold."""
 RECYCLED_BYTES = 64 << 20
@@ -76,6 +78,15 @@ class Arena:
         # Every view of the region refers to this array: it ends with the last of them.
         weakref.finalize(region, self._free, offset, length).atexit = False
         return memoryview(region.data)
+
+    def write(self, offset: int, chunk: Buffer) -> None:
+        """Bytes into allocated memory. Not through a view of it: memory that is written to for the
+        first time would be taken page by page, each zeroed before. Raises OSError.
+        """
+        data = memoryview(chunk)
+        while len(data):
+            written = os.pwrite(self.fd, data, offset)
+            offset, data = offset + written, data[written:]
 
     def offset_of(self, data: memoryview) -> int | None:
         """Where `data` lies; None if it is other memory."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 from kvstore.arena import LEAST_BYTES, Arena
+from kvstore.contracts import Buffer
+from penstock.errors import OverloadedError
 
 
 class MemoryTier:
@@ -37,6 +39,23 @@ class MemoryTier:
             if shared is not None:
                 return shared
         return memoryview(bytearray(size_bytes))
+
+    def fill(self, data: memoryview, start: int, chunk: Buffer) -> None:
+        """`chunk` into allocated memory `data` from `start` on. Safe from any thread.
+
+        Raises OverloadedError if the system has no memory for it.
+        """
+        offset = None if self._arena is None else self._arena.offset_of(data)
+        if self._arena is None or offset is None:
+            data[start : start + len(chunk)] = chunk
+        else:
+            try:
+                self._arena.write(offset + start, chunk)
+            except OSError as error:
+                raise OverloadedError(
+                    f"this host has no memory left for the object ({error.strerror}); give the "
+                    "store less (--memory), or the host more"
+                ) from error
 
     def store(self, id_: bytes, data: bytearray | memoryview) -> None:
         """Takes over `data`; nobody writes to it from now on."""

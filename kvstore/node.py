@@ -19,7 +19,7 @@ from kvstore.arena import Arena
 from kvstore.catalog import Catalog, Entry, Limits, Reservation
 from kvstore.codec import check_id, object_kind
 from kvstore.config import MAX_IDS_PER_CALL, StoreConfig
-from kvstore.contracts import Index, StoreStat
+from kvstore.contracts import Buffer, Index, StoreStat
 from kvstore.disk.log import Place
 from kvstore.disk.open import open_disk
 from kvstore.disk.tier import DiskTier
@@ -226,6 +226,9 @@ class StoreNode:
 
     def allocate(self, size_bytes: int) -> memoryview:
         return self._memory.allocate(size_bytes)
+
+    def fill(self, data: memoryview, start: int, chunk: Buffer) -> None:
+        self._memory.fill(data, start, chunk)
 
     def give_up(self, reservation: Reservation) -> None:
         self._catalog.abort(reservation)

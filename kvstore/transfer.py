@@ -24,7 +24,10 @@ class Keeper(Protocol):
         """Make it visible; True if nobody was first."""
 
     def allocate(self, size_bytes: int) -> memoryview:
-        """Memory to write an object to."""
+        """Memory to write an object to, by `fill` alone."""
+
+    def fill(self, data: memoryview, start: int, chunk: Buffer) -> None:
+        """`chunk` into such memory from `start` on."""
 
     def give_up(self, reservation: Reservation) -> None:
         """Give reserved bytes back. Idempotent, also after `keep`."""
@@ -59,7 +62,7 @@ class OpenPut:
         end = self._filled + len(chunk)
         if end > len(self._data):
             raise InvalidRequestError(f"more data than the {len(self._data)} bytes reserved")
-        self._data[self._filled : end] = chunk
+        self._keeper.fill(self._data, self._filled, chunk)
         self._filled = end
         self._hasher.update(chunk)
 

@@ -77,9 +77,18 @@ def test_benchmarks_import_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_a_small_run_of_the_store_against_its_own_node(tmp_path: Path) -> None:
+def test_a_small_run_of_the_store_against_its_own_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (
+        ("ENTRIES", 4096),
+        ("LOOKUPS", 20),
+        ("PIPELINES", 4),
+        ("PLAN_TOKENS", 50_000),
+    ):
+        monkeypatch.setattr(f"bench.store_parts.{name}", value)
     path = tmp_path / "store.json"
-    flags = "--block-kib 16 --blocks 4 --repeats 2"
+    flags = "--block-kib 128 --blocks 4 --repeats 2"
     assert main(["bench", "store", "--json", str(path), *flags.split()]) == 0
     data = json.loads(path.read_text())
     rows = data["tables"]["bytes"]
@@ -88,3 +97,10 @@ def test_a_small_run_of_the_store_against_its_own_node(tmp_path: Path) -> None:
         assert row["n"] == 2 and 0 < row["low"] <= row["store_gb_s"] <= row["high"]
         assert row["share_of_tcp"] == pytest.approx(row["store_gb_s"] / row["tcp_gb_s"])
     assert data["tables"]["lookups"][0]["median_ms"] > 0
+    (shared,) = data["tables"]["shared memory"]
+    assert shared["n"] == 2 and shared["get_gb_s"] > 0 and shared["memcpy_gb_s"] > 0
+    (plan,), (overlap,) = data["tables"]["plan"], data["tables"]["overlap"]
+    assert plan["total_ms"] > 0 and plan["look_up_ms"] > 0
+    assert overlap["chunk_bytes"] == 128 << 10 and 0 < overlap["efficiency"] < 1
+    for index in data["tables"]["index"]:
+        assert index["mget_p50_ms"] <= index["mget_p99_ms"] and index["bytes_per_entry"] > 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ from kvstore.contracts import Missing
 from kvstore.get_shared import COPY_BYTES, batches_of
 from kvstore.server import StoreServer, start_server
 from penstock.blocks import CacheLayout, Component, ComponentKind
-from penstock.errors import StoreUnavailableError
+from penstock.errors import OverloadedError, StoreUnavailableError
 from protos.penstock.kv.v1 import kv_pb2
 from tests.kvstore.objects import FINGERPRINT, block, chain, fetch, same
 from tests.kvstore.test_process import node
@@ -275,3 +276,19 @@ def test_what_is_copied_in_one_piece_of_work_is_bounded() -> None:
     assert batches_of([5, 5, 5], most_bytes=10) == [range(2), range(2, 3)]
     assert batches_of([50, 5], most_bytes=10) == [range(1), range(1, 2)]
     assert batches_of([1], most_bytes=COPY_BYTES) == [range(1)]
+
+
+async def test_a_system_without_memory_refuses_the_object_and_keeps_the_others(
+    client: StoreClient, server: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, data: memoryview, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    late = block(chain(1, seed=6), 0, layout=LAYOUT)
+    with monkeypatch.context() as patched:
+        patched.setattr("kvstore.arena.os.pwrite", full)
+        with pytest.raises(OverloadedError, match="no memory left"):
+            await client.put(late, owner="writer", lease_ttl_s=9)
+    assert server.node.stat().reserved_bytes == 0
+    assert await client.put(late, owner="writer", lease_ttl_s=9)
+    assert all(map(same, await fetch(client, [*IDS, late.id]), [*ITEMS, late]))
