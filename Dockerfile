@@ -8,6 +8,8 @@
 #   --build-arg PYTHON_IMAGE=docker.io/library/python:3.11.11-slim-bookworm@sha256:...
 ARG PYTHON_IMAGE=docker.io/library/python:3.11.11-slim-bookworm
 ARG CUDA_IMAGE=docker.io/nvidia/cuda:12.8.1-runtime-ubuntu24.04
+# What fsspec wants for a model or documents behind s3:// or gs://: --build-arg ADD_PACKAGES="s3fs gcsfs".
+ARG ADD_PACKAGES=""
 ARG CUDA_TORCH_INDEX=https://download.pytorch.org/whl/cu128
 
 # A virtual environment with exact versions. torch comes first and from its own index: a range would take another build.
@@ -20,7 +22,8 @@ COPY constraints.txt pyproject.toml README.md LICENSE ./
 ARG CPU_TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --index-url "${CPU_TORCH_INDEX}" "$(grep '^torch==' constraints.txt)"
 COPY . .
-RUN pip install -c constraints.txt .
+ARG ADD_PACKAGES
+RUN pip install -c constraints.txt ".[otel]" ${ADD_PACKAGES}
 
 FROM ${PYTHON_IMAGE} AS cpu
 # gcc: the CPU's kernels are compiled for the processor at hand at their first use. bash: what KubeRay runs.
@@ -47,8 +50,9 @@ COPY constraints.txt pyproject.toml README.md LICENSE ./
 ARG CUDA_TORCH_INDEX
 RUN pip install --index-url "${CUDA_TORCH_INDEX}" "$(grep '^torch==' constraints.txt)"
 COPY . .
+ARG ADD_PACKAGES
 # triton's version is torch's business here; every other one is exact.
-RUN grep -v '^triton==' constraints.txt > /tmp/constraints.txt && pip install -c /tmp/constraints.txt .
+RUN grep -v '^triton==' constraints.txt > /tmp/constraints.txt && pip install -c /tmp/constraints.txt ".[otel]" ${ADD_PACKAGES}
 
 FROM ${CUDA_IMAGE} AS cuda
 ENV DEBIAN_FRONTEND=noninteractive

@@ -45,6 +45,8 @@ def test_the_image_has_the_ray_that_kuberay_is_told() -> None:
         installs = re.findall(r"pip install (.+)", stages()[name])
         assert all("constraints.txt" in line for line in installs), installs
         assert not re.search(r"ray[=<>~]", stages()[name])
+        # Else telemetry.otlp_endpoint of the chart would be a setting without its exporter.
+        assert '".[otel]"' in installs[-1]
     assert "^triton==" in stages()["build-cuda"]
     assert "ray==" in (chart.ROOT / "constraints.txt").read_text()
 

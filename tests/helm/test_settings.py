@@ -133,3 +133,37 @@ def test_the_batch_service_is_called_through_the_fronts_service(tls: str) -> Non
         for doc in docs:
             if doc["apiVersion"] not in chart.FOREIGN:
                 chart.validate(doc, version)
+
+
+def test_a_change_of_any_setting_starts_the_store_anew() -> None:
+    """It reads its file once."""
+
+    def checksum(*sets: str) -> str:
+        store = chart.one(chart.render("values.yaml", sets), "StatefulSet", "-kvstore")
+        return str(store["spec"]["template"]["metadata"]["annotations"]["checksum/config"])
+
+    sets = ('telemetry.log_level="debug"', "kvstore.config.max_leases=9", 'kvstore.disk.size="9Gi"')
+    assert len({checksum(), *map(checksum, sets)}) == 1 + len(sets)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [("http://otel.observability:4318", 4318), ("https://traces.example.com/otlp", 443)],
+)
+def test_spans_may_leave_where_an_endpoint_is_named(endpoint: str, port: int) -> None:
+    docs = chart.render("values.yaml", (f"telemetry.otlp_endpoint={json.dumps(endpoint)}",))
+    wanted = {"ports": [{"port": port, "protocol": "TCP"}]}
+    for name in ("-ray", "-kvstore"):
+        assert wanted in chart.one(docs, "NetworkPolicy", name)["spec"]["egress"]
+        plain = chart.one(chart.render(), "NetworkPolicy", name)["spec"]["egress"]
+        assert wanted not in plain
+    for doc in docs:
+        if doc["kind"] == "NetworkPolicy":
+            for version in chart.KUBERNETES:
+                chart.validate(doc, version)
+
+
+def test_every_pod_may_pull_from_a_private_registry() -> None:
+    docs = chart.render("values.yaml", ('image.pullSecrets=["registry"]',))
+    for name, pod in chart.pods(docs):
+        assert pod["spec"]["imagePullSecrets"] == [{"name": "registry"}], name
