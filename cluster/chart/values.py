@@ -218,6 +218,7 @@ class HttpRoute(Block):
     enabled: bool
     parent_refs: list[dict[str, Any]]
     hostnames: list[str]
+    timeout: str = Field(pattern=r"^([0-9]{1,5}(h|m|s|ms)){1,4}$")
 
 
 class NetworkPolicy(Block):

@@ -123,6 +123,17 @@ def test_a_whole_life(cluster: Cluster) -> None:
     assert left == set()
 
 
+def test_fronts_with_a_journal_each_are_told_of(cluster: Cluster) -> None:
+    told = "Each front keeps batch jobs and files of its own"
+    one = "PENSTOCK_BATCH__JOURNAL_URL"
+    by_env = f'front.extraEnv=[{{"name":"{one}","valueFrom":{{"secretKeyRef":{{}}}}}}]'
+    assert told not in cluster.install()
+    assert told in cluster.upgrade("--set", "front.replicas=2").stdout
+    for journal in ('batch.journal_url="redis://r:6379/2"', by_env):
+        said = cluster.upgrade("--set", "front.replicas=2", "--set-json", journal).stdout
+        assert told not in said and "curl -s http" in said.splitlines()[-1]
+
+
 def test_what_is_switched_off_goes_and_what_is_switched_on_comes(cluster: Cluster) -> None:
     cluster.install()
     assert ("Deployment", "trial-penstock-redis") in cluster.api.of_release()

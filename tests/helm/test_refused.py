@@ -65,6 +65,7 @@ WRONG = {
     "ray.drainSeconds=-1": "ray.drainSeconds",
     'ray.upgrade.strategy="Recreate"': "ray.upgrade.strategy",
     'ray.objectStoreMemory="lots"': "ray.objectStoreMemory",
+    'httpRoute.timeout="an hour"': "httpRoute.timeout",
     "networkPolicy.operatorNamespace=1": "networkPolicy.operatorNamespace",
     'monitoring.interval="often"': "monitoring.interval",
     'test.timeoutSeconds="soon"': "test.timeoutSeconds",

@@ -167,3 +167,9 @@ def test_every_pod_may_pull_from_a_private_registry() -> None:
     docs = chart.render("values.yaml", ('image.pullSecrets=["registry"]',))
     for name, pod in chart.pods(docs):
         assert pod["spec"]["imagePullSecrets"] == [{"name": "registry"}], name
+
+
+def test_a_gateway_waits_as_long_as_the_longest_answer() -> None:
+    docs = chart.render("values.yaml", ('httpRoute={"enabled":true,"parentRefs":[{"name":"g"}]}',))
+    (rule,) = chart.one(docs, "HTTPRoute")["spec"]["rules"]
+    assert rule["timeouts"] == {"request": "3600s"}
