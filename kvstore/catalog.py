@@ -257,6 +257,30 @@ class Catalog:
             self._leases.drop(owner, id_)
         self._remove(entry)
 
+    def is_held(self, id_: bytes) -> bool:
+        """Does someone lease or read it?"""
+        entry = self._entries.get(id_)
+        return entry is not None and bool(entry.readers or self._leases.is_leased(id_))
+
+    def let_go_of(self, ids: Iterable[bytes]) -> tuple[int, int]:
+        """Evict these, but for those that are held; how many left, and their bytes."""
+        self._expire()
+        count = size_bytes = 0
+        for id_ in ids:
+            entry = self._entries.get(id_)
+            if entry is not None and not self.is_held(id_):
+                self._evict([id_])
+                count, size_bytes = count + 1, size_bytes + entry.size_bytes
+        return count, size_bytes
+
+    def idle_first(self, size_bytes: int) -> list[bytes]:
+        """What the policy lets go of first, at least `size_bytes` of it as far as it is idle."""
+        self._expire()
+        need_bytes = min(size_bytes, self._policy.idle_bytes)
+        if need_bytes <= 0:
+            return []
+        return self._policy.victims(need_bytes=need_bytes, need_objects=0) or []
+
     # Leases
 
     def lease(self, owner: str, ids: Sequence[bytes], ttl_s: float) -> list[bool]:

@@ -197,6 +197,52 @@ class StoreNode:
             return stat
         return replace(stat, **disk.figures())
 
+    # What an operator asks
+
+    def ids(self) -> list[bytes]:
+        """Every object, whatever tier it is in."""
+        return self._ids()
+
+    def catalogues(self) -> tuple[Catalog, Catalog | None]:
+        """Of memory and of disk, to be read."""
+        return self._catalog, None if self._disk is None else self._disk.catalog
+
+    async def verify(
+        self, id_: bytes, digest: Callable[[memoryview], bytes]
+    ) -> list[tuple[int, bool]]:
+        """(bytes, whole?) of the copy in each tier that has one. A copy that is not whole goes."""
+        found = []
+        entry = self._catalog.open_read(id_)
+        if entry is not None:
+            try:
+                whole = await asyncio.to_thread(digest, self._memory.read(id_)) == entry.digest
+            finally:
+                self._catalog.close_read(entry)
+            if not whole:
+                self._integrity_failures += 1
+                self._catalog.discard(id_)
+            found.append((entry.size_bytes, whole))
+            self._let_go()
+        on_disk = None if self._disk is None else self._disk.catalog.entry(id_)
+        if self._disk is not None and on_disk is not None:
+            found.append((on_disk.size_bytes, await self._disk.read(id_) is not None))
+        return found
+
+    def evict(
+        self, ids: list[bytes] | None, *, size_bytes: int, memory: bool, disk: bool
+    ) -> tuple[int, int]:
+        """Copies that left and their bytes: of `ids`, or what the policy lets go of first."""
+        count = freed = 0
+        for wanted, tier in zip((memory, disk), self.catalogues(), strict=True):
+            if wanted and tier is not None:
+                chosen = tier.idle_first(size_bytes) if ids is None else ids
+                more, more_bytes = tier.let_go_of(chosen)
+                count, freed = count + more, freed + more_bytes
+        self._let_go()
+        if self._disk is not None:
+            self._disk.settle()
+        return count, freed
+
     # What an `OpenPut` asks of its keeper
 
     def keep(

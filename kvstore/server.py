@@ -11,7 +11,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
-from kvstore import directory, service
+from kvstore import admin, directory, service
 from kvstore.config import StoreConfig
 from kvstore.contracts import Index
 from kvstore.index.embedded import EmbeddedIndex
@@ -104,6 +104,7 @@ async def start_server(
         (
             service.KvStoreService(node, tracer).handlers(),
             directory.DirectoryService(workers, epoch=node.epoch).handlers(),
+            admin.AdminService(node).handlers(),
             metrics_handler(meters),
         )
     )

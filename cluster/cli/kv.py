@@ -1,4 +1,7 @@
-"""`penstock kv trace`: what a store of some size and policy would have done with a trace."""
+"""`penstock kv trace`: what a store of some size and policy would have done with a trace.
+
+The commands that ask a running node are in `kv_node.py`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cluster.cli.kv_node import register_node_commands
 from penstock.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,18 +25,13 @@ _FLASH_BYTES_PER_TOKEN = 3514.25
 
 def register(app: typer.Typer) -> None:
     group = typer.Typer(
-        help="The KV store: what it would do with a trace.",
+        help="The KV store: what a node holds, and what a store would do with a trace.",
         no_args_is_help=True,
         rich_markup_mode=None,
     )
-    # Without a callback a group of one command would be that command.
-    group.callback()(_group)
     group.command("trace", help="Replay a trace of prompts and print hit rates.")(trace)
+    register_node_commands(group)
     app.add_typer(group, name="kv")
-
-
-def _group() -> None:
-    """Nothing of its own to do."""
 
 
 def trace(

@@ -321,6 +321,170 @@ class KvStore:
             _registered_method=True)
 
 
+class StoreAdminStub:
+    """For operators (`penstock kv`): what a node holds, whether it is whole, and letting go of it.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ListObjects = channel.unary_unary(
+                '/penstock.kv.v1.StoreAdmin/ListObjects',
+                request_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.ListObjectsRequest.SerializeToString,
+                response_deserializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.ListObjectsResponse.FromString,
+                _registered_method=True)
+        self.Verify = channel.unary_unary(
+                '/penstock.kv.v1.StoreAdmin/Verify',
+                request_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.VerifyRequest.SerializeToString,
+                response_deserializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.VerifyResponse.FromString,
+                _registered_method=True)
+        self.Evict = channel.unary_unary(
+                '/penstock.kv.v1.StoreAdmin/Evict',
+                request_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.EvictRequest.SerializeToString,
+                response_deserializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.EvictResponse.FromString,
+                _registered_method=True)
+
+
+class StoreAdminServicer:
+    """For operators (`penstock kv`): what a node holds, whether it is whole, and letting go of it.
+    """
+
+    def ListObjects(self, request, context):
+        """Objects of all tiers in order of id, a page a call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Verify(self, request, context):
+        """Reads objects in every tier and compares their digests; what fails is dropped.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Evict(self, request, context):
+        """Lets go of objects that nobody leases or reads.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_StoreAdminServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ListObjects': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListObjects,
+                    request_deserializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.ListObjectsRequest.FromString,
+                    response_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.ListObjectsResponse.SerializeToString,
+            ),
+            'Verify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Verify,
+                    request_deserializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.VerifyRequest.FromString,
+                    response_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.VerifyResponse.SerializeToString,
+            ),
+            'Evict': grpc.unary_unary_rpc_method_handler(
+                    servicer.Evict,
+                    request_deserializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.EvictRequest.FromString,
+                    response_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.EvictResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'penstock.kv.v1.StoreAdmin', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('penstock.kv.v1.StoreAdmin', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class StoreAdmin:
+    """For operators (`penstock kv`): what a node holds, whether it is whole, and letting go of it.
+    """
+
+    @staticmethod
+    def ListObjects(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.kv.v1.StoreAdmin/ListObjects',
+            protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.ListObjectsRequest.SerializeToString,
+            protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.ListObjectsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Verify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.kv.v1.StoreAdmin/Verify',
+            protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.VerifyRequest.SerializeToString,
+            protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.VerifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Evict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.kv.v1.StoreAdmin/Evict',
+            protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.EvictRequest.SerializeToString,
+            protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.EvictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class DirectoryStub:
     """The directory of workers: who serves what, where. Soft state, refreshed by heartbeats.
     """

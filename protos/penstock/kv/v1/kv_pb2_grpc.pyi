@@ -128,6 +128,61 @@ class KvStoreServicer(metaclass=_abc_1.ABCMeta):
 
 def add_KvStoreServicer_to_server(servicer: KvStoreServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
+class StoreAdminStub:
+    """For operators (`penstock kv`): what a node holds, whether it is whole, and letting go of it."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> StoreAdminAsyncStub: ...
+    ListObjects: _grpc.UnaryUnaryMultiCallable[_kv_pb2.ListObjectsRequest, _kv_pb2.ListObjectsResponse]
+    """Objects of all tiers in order of id, a page a call."""
+    Verify: _grpc.UnaryUnaryMultiCallable[_kv_pb2.VerifyRequest, _kv_pb2.VerifyResponse]
+    """Reads objects in every tier and compares their digests; what fails is dropped."""
+    Evict: _grpc.UnaryUnaryMultiCallable[_kv_pb2.EvictRequest, _kv_pb2.EvictResponse]
+    """Lets go of objects that nobody leases or reads."""
+
+@_typing.type_check_only
+class StoreAdminAsyncStub(StoreAdminStub):
+    """For operators (`penstock kv`): what a node holds, whether it is whole, and letting go of it."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    ListObjects: _aio.UnaryUnaryMultiCallable[_kv_pb2.ListObjectsRequest, _kv_pb2.ListObjectsResponse]  # type: ignore[assignment]
+    """Objects of all tiers in order of id, a page a call."""
+    Verify: _aio.UnaryUnaryMultiCallable[_kv_pb2.VerifyRequest, _kv_pb2.VerifyResponse]  # type: ignore[assignment]
+    """Reads objects in every tier and compares their digests; what fails is dropped."""
+    Evict: _aio.UnaryUnaryMultiCallable[_kv_pb2.EvictRequest, _kv_pb2.EvictResponse]  # type: ignore[assignment]
+    """Lets go of objects that nobody leases or reads."""
+
+class StoreAdminServicer(metaclass=_abc_1.ABCMeta):
+    """For operators (`penstock kv`): what a node holds, whether it is whole, and letting go of it."""
+
+    @_abc_1.abstractmethod
+    def ListObjects(
+        self,
+        request: _kv_pb2.ListObjectsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.ListObjectsResponse, _abc.Awaitable[_kv_pb2.ListObjectsResponse]]:
+        """Objects of all tiers in order of id, a page a call."""
+
+    @_abc_1.abstractmethod
+    def Verify(
+        self,
+        request: _kv_pb2.VerifyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.VerifyResponse, _abc.Awaitable[_kv_pb2.VerifyResponse]]:
+        """Reads objects in every tier and compares their digests; what fails is dropped."""
+
+    @_abc_1.abstractmethod
+    def Evict(
+        self,
+        request: _kv_pb2.EvictRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.EvictResponse, _abc.Awaitable[_kv_pb2.EvictResponse]]:
+        """Lets go of objects that nobody leases or reads."""
+
+def add_StoreAdminServicer_to_server(servicer: StoreAdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
 class DirectoryStub:
     """The directory of workers: who serves what, where. Soft state, refreshed by heartbeats."""
 
