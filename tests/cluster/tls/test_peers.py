@@ -19,7 +19,7 @@ from penstock.peers import PEER_NAME, TOKEN_KEY, Peers
 from protos.penstock.kv.v1 import kv_pb2
 from tests.cluster.harness import Cluster, cluster
 
-STORE, WORKERS = ("KvStore", "Directory", "Metrics"), ("Prefill", "Decode")
+STORE, WORKERS = ("KvStore", "StoreAdmin", "Directory", "Metrics"), ("Prefill", "Decode")
 # Users' own door: keys instead of the cluster's token.
 OUTSIDE = {"penstock.batch.v1.Batch"}
 FILES = sorted((Path(__file__).parents[3] / "protos").glob("penstock/*/v1/*_pb2.py"))
