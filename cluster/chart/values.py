@@ -249,6 +249,7 @@ class Values(Block):
 
     name_override: Name
     fullname_override: Name
+    service_account_annotations: dict[str, str]
     image: Image
     model: Model
     parallel: dict[str, Any] = product("parallel")

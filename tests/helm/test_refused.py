@@ -14,6 +14,7 @@ WRONG = {
     'telemetry.log_level="loud"': "telemetry.log_level",
     "telemetry.metrics_port=9": "telemetry: Additional property metrics_port",
     "prefil={}": "(root): Additional property prefil",
+    "serviceAccountAnnotations.a=1": "serviceAccountAnnotations.a",
     'image.repository=""': "image.repository",
     'image.tag="a b"': "image.tag",
     'image.digest="sha256:12"': "image.digest",

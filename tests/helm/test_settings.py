@@ -173,3 +173,12 @@ def test_a_gateway_waits_as_long_as_the_longest_answer() -> None:
     docs = chart.render("values.yaml", ('httpRoute={"enabled":true,"parentRefs":[{"name":"g"}]}',))
     (rule,) = chart.one(docs, "HTTPRoute")["spec"]["rules"]
     assert rule["timeouts"] == {"request": "3600s"}
+
+
+def test_the_account_may_carry_a_clouds_identity_and_still_no_token() -> None:
+    docs = chart.render("values.yaml", ('serviceAccountAnnotations={"cloud/role":"reader"}',))
+    account = chart.one(docs, "ServiceAccount")
+    assert account["metadata"]["annotations"] == {"cloud/role": "reader"}
+    assert account["automountServiceAccountToken"] is False
+    for version in chart.KUBERNETES:
+        chart.validate(account, version)
