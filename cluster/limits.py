@@ -161,6 +161,8 @@ INSIDE = (
           _WIRE + "test_bounds_on_a_call", "bytes"),
     Limit("ids of one call", "kvstore.config:MAX_IDS_PER_CALL", "`INVALID_ARGUMENT`",
           _WIRE + "test_bounds_on_a_call"),
+    Limit("ids of one verification", "kvstore.admin:VERIFY_IDS", "`INVALID_ARGUMENT`",
+          "tests/kvstore/test_admin.py::test_a_call_verifies_and_lists_no_more_than_allowed"),
     Limit("an owner's name", "kvstore.node:MAX_OWNER_CHARS", "`INVALID_ARGUMENT`",
           _BOUNDS + "test_an_owner_with_too_long_a_name_is_refused", "characters"),
     Limit("objects being written", "kvstore.max_open_puts", "`RESOURCE_EXHAUSTED`",

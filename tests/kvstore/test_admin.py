@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from cluster.cli import main
+from kvstore.admin import PAGE_OBJECTS, SERVICE, VERIFY_IDS
 from kvstore.client import StoreClient
 from kvstore.config import StoreConfig
 from kvstore.server import StoreServer, start_server
+from protos.penstock.kv.v1 import kv_pb2
 from tests.kvstore.objects import FINGERPRINT, LAYOUT, blocks_of, chain
 
 ITEMS = blocks_of(chain(8))
@@ -105,3 +108,18 @@ def test_refusals_say_what_to_do(
 ) -> None:
     assert main(["kv", *arguments, "--server", "127.0.0.1:1"]) != 0
     assert sentence in capsys.readouterr().err
+
+
+def test_a_call_verifies_and_lists_no_more_than_allowed(node: StoreServer) -> None:
+    async def ask() -> None:
+        async with grpc.aio.insecure_channel(node.address) as channel:
+            many = kv_pb2.VerifyRequest(ids=[bytes(32)] * (VERIFY_IDS + 1)).SerializeToString()
+            with pytest.raises(grpc.aio.AioRpcError, match="at most 256") as caught:
+                await channel.unary_unary(f"/{SERVICE}/Verify")(many, timeout=5)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            page = kv_pb2.ListObjectsRequest(limit=2**32 - 1).SerializeToString()
+            raw = await channel.unary_unary(f"/{SERVICE}/ListObjects")(page, timeout=5)
+            answer = kv_pb2.ListObjectsResponse.FromString(raw)
+            assert len(answer.objects) == 8 <= PAGE_OBJECTS
+
+    asyncio.run(ask())
