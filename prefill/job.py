@@ -135,7 +135,7 @@ class PromptRunner:
             prompt.length,
             start=position,
             chunk_tokens=self.chunk_tokens,
-            boundaries=prompt.boundaries,
+            boundaries=(*prompt.boundaries, *restorer.forks(position)),
         )
         handover, waited = b"", 0.0
         async with publisher:

@@ -77,6 +77,15 @@ class Restorer:
         reasons["tail" if covered >= whole else "new"] = length - covered
         return {reason: tokens for reason, tokens in reasons.items() if tokens}
 
+    def forks(self, position: int) -> tuple[int, ...]:
+        """Where this prompt leaves one that was computed before, if it was not resumed so far: a
+        state there lets the next prompt with that beginning resume at it.
+        """
+        end = self._blocks_there
+        return (
+            (end * BLOCK_TOKENS,) if position // BLOCK_TOKENS < end < len(self.chain.blocks) else ()
+        )
+
     async def _look_up(self) -> int:
         candidates = resume_candidates(len(self.chain.tokens))
         # Hashing thousands of tails takes tens of ms at a million tokens.
