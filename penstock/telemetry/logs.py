@@ -6,6 +6,7 @@ is passed to a logger but the id that it chose (`X-Request-Id`, checked at the f
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -76,7 +77,11 @@ class JsonFormatter(logging.Formatter):
         facts = getattr(record, "facts", None)
         if isinstance(facts, dict):
             line |= facts
-        if record.exc_info:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, asyncio.CancelledError):
+            # Work that was told to end, as at a shutdown, has no place in the code to look at.
+            line["cancelled"] = str(error) or True
+        elif record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
 
