@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -275,14 +274,17 @@ class DiskTier:
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._writer, call, *arguments)
-        except OSError as error:
+        except Exception as error:
+            # A fault of our own must not end the writer in silence either: it rests and goes on.
             self.counters.errors += 1
             self._paused_until = loop.time() + self._pause_s
             self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+            refused = isinstance(error, OSError)
             _log.warning(
                 "the disk tier in %s failed (%s); objects stay in memory until it is tried again",
                 self._files.folder,
-                error.strerror or os.strerror(error.errno or 0),
+                (isinstance(error, OSError) and error.strerror) or type(error).__name__,
+                exc_info=None if refused else error,
             )
         else:
             self._pause_s = _FIRST_PAUSE_S

@@ -168,13 +168,14 @@ async def test_many_readers_of_one_damaged_object_all_miss(tmp_path: Path) -> No
         assert (node.stat().disk_leases, node.stat().disk_objects) == (0, 1)
 
 
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyError("a bug")])
 async def test_a_disk_that_refuses_costs_nothing_but_its_objects(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
     items = blocks_of(chain(3))
 
     def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise fault
 
     async with running(config(tmp_path)) as (node, store):
         monkeypatch.setattr(DiskFiles, "write", full)
