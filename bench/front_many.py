@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from dataclasses import dataclass
+
+import httpx
 
 from bench.client import Answer, Client
 from bench.procs import Process, all_processes, cpu_by, descendants, part_of
@@ -19,8 +22,10 @@ from penstock.errors import PenstockError
 _LOOK_S = 0.25
 _PROMPT_CHARS = 64
 _SHOWS_NOT = (
-    "the front alone: `late` is all that stands between a worker's pace and the client's clock, "
-    "so an upper bound of the front's part; client and workers share these cores",
+    "with `late`, the front alone: it is all that stands between a worker's pace and the client's "
+    "clock, and client and workers share these cores; `front held` is the front's own clock, from "
+    "reading an event off the worker's stream to handing it to the connection, and misses how long "
+    "an event lay unread",
     "memory between two looks, a quarter of a second apart",
 )
 
@@ -35,6 +40,8 @@ class Many:
     before_bytes: int
     most_bytes: int
     front_cpu_s: float
+    held: dict[float, int]
+    """Streamed events by the time that the front held them: counts by upper border in seconds."""
 
 
 def run(*, streams: int, tokens: int, step_ms: float) -> Report:
@@ -76,6 +83,7 @@ def row(many: Many, step_ms: float) -> Row:
         "tokens_per_s": finite(tokens / many.wall_s),
         "front_before_mb": many.before_bytes / 1e6,
         "front_most_mb": many.most_bytes / 1e6,
+        **_held(many.held),
         "front_cpu_ms_a_token": finite(many.front_cpu_s * 1e3 / tokens) if tokens else None,
         **spread(late, "late_ms", scale=1e3),
         **spread([a.ttft_s for a in many.answers], "ttft_ms", scale=1e3),
@@ -85,6 +93,7 @@ def row(many: Many, step_ms: float) -> Row:
 async def _measured(url: str, streams: int, tokens: int) -> Many:
     async with Client(url, model="fake") as client:
         await client.chat(prompt(_PROMPT_CHARS, seed=streams), max_tokens=8, ignore_eos=True)
+        held = await asyncio.to_thread(_held_so_far, url)
         before_bytes, cpu_s = _front_bytes(), cpu_by(part_of).get("front", 0.0)
         began_s = time.monotonic()
         most = asyncio.create_task(_most_bytes())
@@ -97,6 +106,8 @@ async def _measured(url: str, streams: int, tokens: int) -> Many:
             most.cancel()
             (peak,) = await asyncio.gather(most)
         cpu_s = cpu_by(part_of).get("front", 0.0) - cpu_s
+    now = await asyncio.to_thread(_held_so_far, url)
+    held = {border: count - held.get(border, 0) for border, count in now.items()}
     failures = []
     for each in ended:
         if isinstance(each, PenstockError):
@@ -104,7 +115,24 @@ async def _measured(url: str, streams: int, tokens: int) -> Many:
         elif isinstance(each, BaseException):
             raise each
     answers = [each for each in ended if isinstance(each, Answer)]
-    return Many(answers, failures, wall_s, before_bytes, max(peak, before_bytes), cpu_s)
+    return Many(answers, failures, wall_s, before_bytes, max(peak, before_bytes), cpu_s, held)
+
+
+def _held_so_far(url: str) -> dict[float, int]:
+    """The front's own histogram, cumulative as it tells it."""
+    text = httpx.get(f"{url}/metrics?scope=front", timeout=30, trust_env=False).text
+    found = re.findall(r'^penstock_front_token_seconds_bucket\{le="([^"]+)"\} (\S+)', text, re.M)
+    return {float(border): int(float(count)) for border, count in found}
+
+
+def _held(counts: dict[float, int]) -> Row:
+    """Pure. Upper borders of the buckets that hold the quantiles; null if nothing was counted."""
+    total = max(counts.values(), default=0)
+    row: dict[str, float | None] = {"front_held_n": total}
+    for name, share in (("p50", 0.5), ("p99", 0.99)):
+        within = [border for border, count in sorted(counts.items()) if count >= share * total]
+        row[f"front_held_ms_{name}_at_most"] = finite(within[0] * 1e3) if total else None
+    return row
 
 
 async def _whole(client: Client, seed: int, tokens: int) -> Answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -185,6 +186,7 @@ def _chunk(tokens: worker_pb2.Tokens) -> TokenChunk:
             TokenLogprobs(told.logprob, tuple(zip(told.top_ids, told.top_logprobs, strict=True)))
             for told in tokens.logprobs
         ),
+        arrived_s=time.monotonic(),
     )
 
 

@@ -201,6 +201,8 @@ class TokenChunk:
     logits_digests: tuple[bytes, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One a token, if they were asked for."""
+    arrived_s: float | None = field(default=None, compare=False)
+    """When the front read it, by `time.monotonic`; None where nobody measures."""
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,8 @@ class AnswerResponse(Response):
                     data = self._chunk(choice, event)
                     if data:
                         await wire.write(data)
+                        if event.arrived_s is not None:
+                            answer.meter.handed_over(event.arrived_s)
                 elif isinstance(event, Progress):
                     if choice.leads:
                         await wire.write(progress_comment(event))

@@ -88,6 +88,14 @@ ITL = Metric(
     also=("inter_token_seconds",),
     vllm="inter_token_latency_seconds",
 )
+FRONT_TOKEN = Metric(
+    "front_token_seconds",
+    "histogram",
+    _FRONT,
+    "A streamed event with tokens, from its reading off the decode worker's stream to its "
+    "hand-over to the client's connection: what the front adds",
+    buckets=buckets.OVERHEAD_S,
+)
 TPOT = Metric(
     "request_time_per_output_token_seconds",
     "histogram",

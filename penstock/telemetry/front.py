@@ -88,6 +88,10 @@ class RequestMeter:
             self._telemetry.meters.observe(M.ITL, now - self._last_s)
         self._last_s = now
 
+    def handed_over(self, arrived_s: float) -> None:
+        """Tokens that were read at `arrived_s` are with the connection now."""
+        self._telemetry.meters.observe(M.FRONT_TOKEN, time.monotonic() - arrived_s)
+
     def end(
         self,
         outcome: str,

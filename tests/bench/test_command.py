@@ -44,6 +44,7 @@ def test_streams_at_once_are_all_whole(tmp_path: Path) -> None:
     flags = ["--at-once", "40", "--tokens", "12", "--step-ms", "5"]
     assert main(["bench", "front", "--json", str(path), *flags]) == 0
     (row,) = json.loads(path.read_text())["tables"]["40 streams at once"]
+    assert row["front_held_n"] > 40 and row["front_held_ms_p50_at_most"] > 0
     assert row["whole"] == 40 and row["dropped"] == 0
     assert 10 < row["front_before_mb"] <= row["front_most_mb"] < 1000
     assert row["front_cpu_ms_a_token"] > 0

@@ -88,7 +88,7 @@ def prompt(seed: int, tokens: int) -> list[int]:
 
 def traffic(c: Cluster) -> None:
     """Something of everything: hits, misses, equal prompts at once, a queue, drafts, evidence,
-    refusals, a client that hangs up.
+    refusals, a stream, a client that hangs up.
     """
     first = c.complete(prompt(1, 900), max_tokens=300, ignore_eos=True)
     again = [*prompt(1, 900), *first.token_ids, 7]
@@ -100,6 +100,8 @@ def traffic(c: Cluster) -> None:
     body = {"model": "fake", "prompt": prompt(5, 4000), "max_tokens": 500, "ignore_eos": True}
     with c.client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
         next(answer.iter_raw())
+    whole = {"model": "fake", "prompt": prompt(7, 50), "max_tokens": 8, "stream": True}
+    assert c.client.post("/v1/completions", json=whole).text.endswith("[DONE]\n\n")
     too_long = {"model": "fake", "prompt": prompt(6, 200_000), "max_tokens": 1_000_000}
     assert c.client.post("/v1/completions", json=too_long).status_code == 400
     assert c.client.get("/nowhere").status_code == 404
