@@ -49,13 +49,24 @@ CASES = 2_000
 BODY_CASES, OTHER_CASES = 110, 40
 """Of each operation and mode; operations without parameters have fewer different ones."""
 KEY = "sk-of-the-tests"
+
+
+def negative_data_is_rejected(context: Any, response: Any, case: Any) -> bool | None:
+    """`negative_data_rejection` for faults that are sent: an empty list in a form is no field."""
+    if case.media_type == "multipart/form-data" and isinstance(case.body, dict):
+        sent = all(value not in ([], {}, None) for value in case.body.values())
+    else:
+        sent = True
+    return negative_data_rejection(context, response, case) if sent else None
+
+
 CHECKS = [
     not_a_server_error,
     status_code_conformance,
     content_type_conformance,
     response_schema_conformance,
     response_headers_conformance,
-    negative_data_rejection,
+    negative_data_is_rejected,
     missing_required_header,
     allow_header_conformance,
 ]
@@ -183,7 +194,7 @@ def test_the_server_does_what_its_document_says(door: Door) -> None:
     faults: list[str] = []
     served: set[str] = set()
 
-    def holds(operation: Any, mode: GenerationMode, most: int) -> None:
+    def holds(operation: Any, mode: GenerationMode, most: int, checks: list[Any]) -> None:
         @settings(
             max_examples=most,
             derandomize=True,
@@ -198,11 +209,13 @@ def test_the_server_does_what_its_document_says(door: Door) -> None:
             seen[mode.value, answer.status_code] += 1
             if answer.status_code == 200:
                 served.add(operation.label)
-            case.validate_response(answer, checks=CHECKS)
+            case.validate_response(answer, checks=checks)
 
         check()
 
-    for document in (door.app.openapi(), door.narrowed()):
+    # What only the narrowing forbids (a text of ten characters), the server rightly accepts.
+    narrow = [check for check in CHECKS if check is not negative_data_is_rejected]
+    for document, checks in ((door.app.openapi(), CHECKS), (door.narrowed(), narrow)):
         for operation in door.operations(document):
             most = BODY_CASES if operation.body else OTHER_CASES
             modes = [GenerationMode.POSITIVE]
@@ -210,7 +223,7 @@ def test_the_server_does_what_its_document_says(door: Door) -> None:
             modes += [GenerationMode.NEGATIVE] if operation.body or operation.query else []
             for mode in modes:
                 try:
-                    holds(operation, mode, most)
+                    holds(operation, mode, most, checks)
                 except (Exception, FailureGroup) as error:
                     faults.append(f"{operation.label} {mode.value}: {error!r} {error}")
     total = sum(seen.values())
