@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,8 +68,18 @@ class Client:
     async def __aexit__(self, *error: object) -> None:
         await self._http.aclose()
 
-    async def chat(self, content: str, *, max_tokens: int, **fields: Any) -> Answer:
-        """Raises PenstockError if the server refuses, breaks off, or answers without text."""
+    async def chat(
+        self,
+        content: str,
+        *,
+        max_tokens: int,
+        begun: Callable[[], None] | None = None,
+        **fields: Any,
+    ) -> Answer:
+        """`begun` is called when the first text has come.
+
+        Raises PenstockError if the server refuses, breaks off, or answers without text.
+        """
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],
@@ -91,8 +102,11 @@ class Client:
                 async for piece in response.aiter_bytes():
                     now = time.monotonic()
                     *lines, rest = (rest + piece).split(b"\n")
+                    silent = not answer.event_times_s
                     for line in lines:
                         _read(line, answer, now)
+                    if silent and answer.event_times_s and begun is not None:
+                        begun()
         except httpx.TransportError as error:
             raise UnavailableError(f"the connection to {self.url} broke: {error!r}") from error
         answer.ended_s = time.monotonic()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bench.client import Answer, Client
 from bench.procs import cpu_by, part_of
@@ -48,7 +49,7 @@ async def measure(client: Client, *, chars: int, pairs: int, seed: int) -> Row:
 
 async def _turn(client: Client, text: str, wanted: bool) -> tuple[Answer, Turn]:
     before = _cpu_s()
-    more = {"evidence": True} if wanted else {}
+    more: dict[str, Any] = {"evidence": True} if wanted else {}
     answer = await client.chat(text, max_tokens=TOKENS, ignore_eos=True, **more)
     cpu_s = _cpu_s() - before
     behind = max(answer.completion_tokens - 1, 1)

@@ -8,6 +8,7 @@ import asyncio
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import httpx
@@ -25,7 +26,7 @@ _SHOWS_NOT = (
     "with `late`, the front alone: it is all that stands between a worker's pace and the client's "
     "clock, and client and workers share these cores; `front held` is the front's own clock, from "
     "reading an event off the worker's stream to handing it to the connection, and misses how long "
-    "an event lay unread",
+    "an event lay unread; `steady`: from the moment at which every stream had begun",
     "memory between two looks, a quarter of a second apart",
 )
 
@@ -42,9 +43,12 @@ class Many:
     front_cpu_s: float
     held: dict[float, int]
     """Streamed events by the time that the front held them: counts by upper border in seconds."""
+    held_steady: dict[float, int]
+    """The same, from the moment at which every stream had begun; empty if that never came."""
 
 
-def run(*, streams: int, tokens: int, step_ms: float) -> Report:
+def run(*, streams: int, tokens: int, step_ms: float, workers: int) -> Report:
+    """`workers` decode workers share the streams: a worker draws for all of its own at once."""
     from cluster.config import resolve
     from cluster.launch import started
     from cluster.launchers.common import free_port
@@ -57,13 +61,19 @@ def run(*, streams: int, tokens: int, step_ms: float) -> Report:
         "front.port": free_port(),
         "front.max_streams": streams + 8,
         "prefill.max_queued": streams + 8,
-        "decode.max_running": streams,
+        "decode.replicas": workers,
+        "decode.max_running": -(-streams // workers) + 8,
     }
     with started(resolve(flags).config) as endpoint:
         many = asyncio.run(_measured(endpoint.url, streams, tokens))
     return Report(
         bench="front at once",
-        settings={"streams": streams, "tokens_a_stream": tokens, "fake_decode_step_ms": step_ms},
+        settings={
+            "streams": streams,
+            "tokens_a_stream": tokens,
+            "fake_decode_step_ms": step_ms,
+            "decode_workers": workers,
+        },
         tables={f"{streams} streams at once": [row(many, step_ms)]},
         shows_not=(*_SHOWS_NOT, *(f"failed: {words}" for words in many.failures[:3])),
         wall_s=time.monotonic() - began_s,
@@ -83,7 +93,8 @@ def row(many: Many, step_ms: float) -> Row:
         "tokens_per_s": finite(tokens / many.wall_s),
         "front_before_mb": many.before_bytes / 1e6,
         "front_most_mb": many.most_bytes / 1e6,
-        **_held(many.held),
+        **_held(many.held, "front_held"),
+        **_held(many.held_steady, "front_held_steady"),
         "front_cpu_ms_a_token": finite(many.front_cpu_s * 1e3 / tokens) if tokens else None,
         **spread(late, "late_ms", scale=1e3),
         **spread([a.ttft_s for a in many.answers], "ttft_ms", scale=1e3),
@@ -97,17 +108,22 @@ async def _measured(url: str, streams: int, tokens: int) -> Many:
         before_bytes, cpu_s = _front_bytes(), cpu_by(part_of).get("front", 0.0)
         began_s = time.monotonic()
         most = asyncio.create_task(_most_bytes())
+        all_begun = _Countdown(streams)
+        ramp = asyncio.create_task(_held_once(url, all_begun))
         try:
             ended = await asyncio.gather(
-                *(_whole(client, seed, tokens) for seed in range(streams)), return_exceptions=True
+                *(_whole(client, seed, tokens, all_begun.one) for seed in range(streams)),
+                return_exceptions=True,
             )
             wall_s = time.monotonic() - began_s
         finally:
             most.cancel()
-            (peak,) = await asyncio.gather(most)
+            ramp.cancel()
+            peak, ramped = await asyncio.gather(most, ramp)
         cpu_s = cpu_by(part_of).get("front", 0.0) - cpu_s
     now = await asyncio.to_thread(_held_so_far, url)
-    held = {border: count - held.get(border, 0) for border, count in now.items()}
+    held = _less(now, held)
+    steady = {} if ramped is None else _less(now, ramped)
     failures = []
     for each in ended:
         if isinstance(each, PenstockError):
@@ -115,7 +131,34 @@ async def _measured(url: str, streams: int, tokens: int) -> Many:
         elif isinstance(each, BaseException):
             raise each
     answers = [each for each in ended if isinstance(each, Answer)]
-    return Many(answers, failures, wall_s, before_bytes, max(peak, before_bytes), cpu_s, held)
+    most_bytes = max(peak, before_bytes)
+    return Many(answers, failures, wall_s, before_bytes, most_bytes, cpu_s, held, steady)
+
+
+class _Countdown:
+    """`done` is set when `one` has been called `count` times."""
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+        self.done = asyncio.Event()
+
+    def one(self) -> None:
+        self._left -= 1
+        if self._left <= 0:
+            self.done.set()
+
+
+async def _held_once(url: str, begun: _Countdown) -> dict[float, int] | None:
+    """What the front held up to the moment at which all had begun; None if cancelled before."""
+    try:
+        await begun.done.wait()
+        return await asyncio.to_thread(_held_so_far, url)
+    except asyncio.CancelledError:
+        return None
+
+
+def _less(now: dict[float, int], before: dict[float, int]) -> dict[float, int]:
+    return {border: count - before.get(border, 0) for border, count in now.items()}
 
 
 def _held_so_far(url: str) -> dict[float, int]:
@@ -125,19 +168,21 @@ def _held_so_far(url: str) -> dict[float, int]:
     return {float(border): int(float(count)) for border, count in found}
 
 
-def _held(counts: dict[float, int]) -> Row:
+def _held(counts: dict[float, int], what: str) -> Row:
     """Pure. Upper borders of the buckets that hold the quantiles; null if nothing was counted."""
     total = max(counts.values(), default=0)
-    row: dict[str, float | None] = {"front_held_n": total}
+    row: dict[str, float | None] = {f"{what}_n": total}
     for name, share in (("p50", 0.5), ("p99", 0.99)):
         within = [border for border, count in sorted(counts.items()) if count >= share * total]
-        row[f"front_held_ms_{name}_at_most"] = finite(within[0] * 1e3) if total else None
+        row[f"{what}_ms_{name}_at_most"] = finite(within[0] * 1e3) if total else None
     return row
 
 
-async def _whole(client: Client, seed: int, tokens: int) -> Answer:
+async def _whole(client: Client, seed: int, tokens: int, begun: Callable[[], None]) -> Answer:
     """Raises PenstockError also for an answer that is shorter than was asked for."""
-    answer = await client.chat(prompt(_PROMPT_CHARS, seed=seed), max_tokens=tokens, ignore_eos=True)
+    answer = await client.chat(
+        prompt(_PROMPT_CHARS, seed=seed), max_tokens=tokens, begun=begun, ignore_eos=True
+    )
     if answer.completion_tokens != tokens:
         raise PenstockError(f"an answer ended after {answer.completion_tokens} of {tokens} tokens")
     return answer

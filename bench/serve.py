@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from bench.client import Answer, Client
 from bench.drafts import acceptance, read_counts
@@ -101,7 +102,7 @@ async def _measure(
 async def _one(
     client: Client, plan: ServePlan, text: str, *, max_tokens: int | None = None
 ) -> Answer:
-    extra = {"ignore_eos": True} if plan.ignore_eos else {}
+    extra: dict[str, Any] = {"ignore_eos": True} if plan.ignore_eos else {}
     return await client.chat(text, max_tokens=max_tokens or plan.max_tokens, **extra)
 
 

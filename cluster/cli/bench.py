@@ -106,11 +106,16 @@ def front(
             min=1, max=10_000, help="Instead: so many paced streams opened in one moment, once."
         ),
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, max=64, help="Decode workers that share them (--at-once).")
+    ] = 1,
 ) -> int:
     report = _room("report")
     report.check_writable(json_file)
     if at_once is not None:
-        many = _room("front_many").run(streams=at_once, tokens=tokens, step_ms=step_ms)
+        many = _room("front_many").run(
+            streams=at_once, tokens=tokens, step_ms=step_ms, workers=workers
+        )
         report.publish(many, json_file)
         return 0
     result = _room("front").run(streams=streams, tokens=tokens, repeats=repeats, step_ms=step_ms)
