@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+import uvloop
 
 from bench import tcp_peer
 from bench.report import Report, Row
@@ -51,11 +52,11 @@ def run(*, block_kib: int, blocks: int, repeats: int) -> Report:
     chunk_blocks = max(1, blocks // 4)
     memory = 2 * (repeats + 1) * total + 2 * (CHUNKS + 1) * chunk_blocks * shape.block_bytes
     with _node(memory + (64 << 20)) as address, _peer() as peer:
-        rounds = asyncio.run(_measure(address, peer, shape, blocks=blocks, repeats=repeats))
-        plan, overlap = asyncio.run(
+        rounds = uvloop.run(_measure(address, peer, shape, blocks=blocks, repeats=repeats))
+        plan, overlap = uvloop.run(
             _parts(address, shape, repeats=repeats, chunk_blocks=chunk_blocks)
         )
-    index = asyncio.run(index_rows())
+    index = uvloop.run(index_rows())
     return Report(
         bench="store",
         settings={

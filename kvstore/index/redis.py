@@ -24,6 +24,7 @@ from redis.exceptions import RedisError
 
 from kvstore.contracts import Location
 from kvstore.index.breaker import Breaker
+from kvstore.index.mget import mget, read_all
 from penstock.errors import IndexUnavailableError, UsageError
 
 NODE_TTL_S = 5.0
@@ -34,6 +35,7 @@ _OBJECT_KEY = b"kv:o:"
 _NODE_KEY = b"kv:node:"
 _NODES_KEY = b"kv:nodes"
 _BATCH = 4096
+_READ_BYTES = 1 << 18
 
 # Another node may have announced the same object since: only our own entry is deleted.
 _REMOVE_OWN = """
@@ -76,6 +78,7 @@ class RedisIndex:
                 timeout=write_timeout_s,
                 socket_timeout=write_timeout_s,
                 socket_connect_timeout=write_timeout_s,
+                socket_read_size=_READ_BYTES,
                 retry=Retry(NoBackoff(), 0),
                 protocol=2,
             )
@@ -119,8 +122,8 @@ class RedisIndex:
         if not ids:
             return []
         async with self._guarded(self._lookup_timeout_s):
-            values = await self._redis.mget([_OBJECT_KEY + id_ for id_ in ids])
-        return [_unpack(value) for value in values]
+            values = await mget(self._pool, _OBJECT_KEY, ids)
+        return read_all(values, _unpack)
 
     async def heartbeat(self, node_id: str, address: str, epoch: int) -> bool:
         value = _NODE.pack(_VERSION, epoch) + address.encode()
