@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from cluster.batch.config import BatchSection
+from cluster.policy import RoutingPolicy
 from kvstore.config import StoreConfig
 from penstock.errors import UsageError
 from penstock.peers import Peers
@@ -180,6 +181,15 @@ class ParallelSection(Section):
         )
 
 
+class RouterSection(Section):
+    """Which workers a request goes to (docs/routing.md)."""
+
+    policy: RoutingPolicy = RoutingPolicy.COST
+    """`cost` (the pair that is predicted to answer soonest), or what others do: `round-robin`,
+    `least-load`, `block-overlap`.
+    """
+
+
 class LauncherSection(Section):
     """What starts the processes."""
 
@@ -213,6 +223,7 @@ class ClusterConfig(Section):
     prefill: PrefillSection = PrefillSection()
     decode: DecodeSection = DecodeSection()
     kvstore: KvStoreSection = KvStoreSection()
+    router: RouterSection = RouterSection()
     parallel: ParallelSection = ParallelSection()
     launcher: LauncherSection = LauncherSection()
     telemetry: TelemetrySection = TelemetrySection()

@@ -27,8 +27,9 @@ import time
 from collections.abc import AsyncIterator
 
 from cluster.contracts import Readiness, ServedModel, WorkerView
-from cluster.policy import DECODE, PREFILL, Route
+from cluster.policy import DECODE, PREFILL, Route, Shape
 from cluster.router import Router
+from cluster.routing.charge import Charged
 from cluster.workers import Hold, StoreNode, WorkerCalls
 from penstock.errors import PenstockError, UnavailableError, WorkerUnavailableError
 from penstock.request import Event, Finish, Request, TokenChunk, Usage
@@ -55,13 +56,14 @@ class Flow:
     async def generate(self, request: Request) -> AsyncIterator[Event]:
         """The page that tells the story. Raises the first error of any step."""
         with trace.span("route"):
-            route = await self._router.route(total_tokens=request.total_tokens)
+            decision = await self._router.route(
+                Shape(prompt_tokens=len(request.token_ids), max_tokens=request.stop.max_tokens)
+            )
+        route = decision.route
         events: asyncio.Queue[Event | PenstockError] = asyncio.Queue(_QUEUE_EVENTS)
-        with self._router.charged(
-            route, prompt_tokens=len(request.token_ids), total_tokens=request.total_tokens
-        ):
+        with contextlib.closing(self._router.charge(decision)) as charged:
             async with self._hold(route, request.request_id):
-                work = asyncio.create_task(self._run(request, route, events))
+                work = asyncio.create_task(self._run(request, route, charged, events))
                 try:
                     while True:
                         event = await events.get()
@@ -75,7 +77,11 @@ class Flow:
                     await asyncio.gather(work, return_exceptions=True)
 
     async def _run(
-        self, request: Request, route: Route, events: asyncio.Queue[Event | PenstockError]
+        self,
+        request: Request,
+        route: Route,
+        charged: Charged,
+        events: asyncio.Queue[Event | PenstockError],
     ) -> None:
         """Reserve, then prefill and decode side by side; the first error ends both."""
         started = time.monotonic()
@@ -90,6 +96,7 @@ class Flow:
             with trace.span("prefill", worker=route.prefill.worker_id):
                 async for progress in self._calls.prefill(route.prefill, request):
                     cached = progress.cached_tokens
+                    charged.read(progress.tokens_done)
                     await events.put(progress)
             timings["prefill_s"] = time.monotonic() - started
 
@@ -97,6 +104,7 @@ class Flow:
             with trace.span("decode", worker=route.decode.worker_id):
                 async for event in self._calls.decode(route.decode, request, granted):
                     if isinstance(event, TokenChunk):
+                        charged.answering()
                         timings.setdefault("ttft_s", time.monotonic() - started)
                         await events.put(event)
                         continue

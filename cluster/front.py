@@ -40,7 +40,10 @@ def open_service(spec: FrontSpec, *, hold: Hold = no_hold) -> Flow:
     front = spec.config.front
     peers, options = spec.config.tls, channel_options()
     return Flow(
-        router=Router(transport.open_channel(peers, spec.store_address, options)),
+        router=Router(
+            transport.open_channel(peers, spec.store_address, options),
+            policy=spec.config.router.policy,
+        ),
         calls=WorkerCalls(
             CallLimits(
                 request_timeout_s=front.request_timeout_s,

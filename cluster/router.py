@@ -1,25 +1,40 @@
-"""The router: a mirror of the directory, refreshed in the background, and the charges of requests
-on their way.
+"""The router: the board of `cluster.routing`, fed from the directory in the background, and the
+policy that chooses on it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections import deque
+from math import ceil
 
 import grpc
 
 from cluster.contracts import WorkerView
-from cluster.policy import DECODE, PREFILL, Charge, Route, choose
+from cluster.policy import (
+    DECODE,
+    NO_LOAD,
+    NOBODY,
+    NOTHING,
+    PREFILL,
+    Decision,
+    Load,
+    RoutingPolicy,
+    Shape,
+)
+from cluster.routing.board import Board, most_of, others_of
+from cluster.routing.charge import Charged
+from cluster.routing.choice import open_policy
 from penstock.errors import StoreUnavailableError
 from protos.penstock.kv.v1 import kv_pb2, kv_pb2_grpc
 
 _log = logging.getLogger(__name__)
 _ROLES = {kv_pb2.WORKER_ROLE_PREFILL: PREFILL, kv_pb2.WORKER_ROLE_DECODE: DECODE}
 _RPC_TIMEOUT_S = 2.0
+_LAG_S = 2.0
+"""How old a heartbeat may be in what the directory tells: its period, and a refresh."""
 
 
 class Router:
@@ -31,14 +46,21 @@ class Router:
     """
 
     def __init__(
-        self, channel: grpc.aio.Channel, *, refresh_s: float = 0.5, stale_s: float = 2.0
+        self,
+        channel: grpc.aio.Channel,
+        *,
+        policy: RoutingPolicy = RoutingPolicy.COST,
+        refresh_s: float = 0.5,
+        stale_s: float = 2.0,
     ) -> None:
         self._stub = kv_pb2_grpc.DirectoryStub(channel)
         self._refresh_s = refresh_s
         self._stale_s = stale_s
         self._workers: tuple[WorkerView, ...] = ()
         self._fetched_at = float("-inf")
-        self._charges: dict[str, list[Charge]] = {}
+        self._policy = open_policy(policy)
+        self._board = Board()
+        self._peaks: deque[dict[str, Load]] = deque(maxlen=max(1, ceil(_LAG_S / refresh_s)))
         self._refresher: asyncio.Task[None] | None = None
 
     async def workers(self, *, fresh: bool = False) -> tuple[WorkerView, ...]:
@@ -50,34 +72,16 @@ class Router:
             await self._refresh()
         return self._workers
 
-    @contextlib.contextmanager
-    def charged(self, route: Route, *, prompt_tokens: int, total_tokens: int) -> Iterator[None]:
-        """Charge both workers of `route` for as long as the request is on its way."""
-        prefill = Charge(tokens=prompt_tokens, requests=1)
-        size_bytes = int(total_tokens * route.decode.bytes_per_token)
-        decode = Charge(requests=1, size_bytes=size_bytes)
-        for worker, charge in ((route.prefill, prefill), (route.decode, decode)):
-            self._charges.setdefault(worker.worker_id, []).append(charge)
-        try:
-            yield
-        finally:
-            for worker, charge in ((route.prefill, prefill), (route.decode, decode)):
-                held = self._charges[worker.worker_id]
-                held.remove(charge)
-                if not held:
-                    del self._charges[worker.worker_id]
+    def charge(self, decision: Decision) -> Charged:
+        """Charges both workers of a decision until it is closed; the caller closes it."""
+        return Charged(self._board, decision.route, decision.shape, decision.resident)
 
-    async def route(self, *, total_tokens: int, avoid: frozenset[str] = frozenset()) -> Route:
-        workers = await self.workers()
-        totals = {
-            worker_id: Charge(
-                tokens=sum(c.tokens for c in held),
-                requests=len(held),
-                size_bytes=sum(c.size_bytes for c in held),
-            )
-            for worker_id, held in self._charges.items()
-        }
-        return choose(workers, totals, total_tokens=total_tokens, avoid=avoid)
+    async def route(self, shape: Shape, *, avoid: frozenset[str] = NOBODY) -> Decision:
+        """Raises `WorkerUnavailableError`, or as `workers`."""
+        await self.workers()
+        decision = self._policy.choose(self._board, shape, NOTHING, avoid=avoid)
+        self._board.turn += 1
+        return decision
 
     async def close(self) -> None:
         if self._refresher is not None:
@@ -104,6 +108,12 @@ class Router:
             ) from error
         self._workers = tuple(_view(w) for w in answer.workers if w.role in _ROLES)
         self._fetched_at = time.monotonic()
+        self._peaks.append(self._board.take_peaks())
+        others = {}
+        for worker in self._workers:
+            ours = most_of([peaks.get(worker.worker_id, NO_LOAD) for peaks in self._peaks])
+            others[worker.worker_id] = others_of(worker, ours)
+        self._board.show(self._workers, others=others)
 
 
 def _view(worker: kv_pb2.Worker) -> WorkerView:

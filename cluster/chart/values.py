@@ -255,6 +255,7 @@ class Values(Block):
     parallel: dict[str, Any] = product("parallel")
     telemetry: dict[str, Any] = product("telemetry")
     batch: dict[str, Any] = product("batch")
+    router: dict[str, Any] = product("router")
     head: Head
     prefill: PrefillPool
     decode: DecodePool

@@ -32,7 +32,7 @@ _SHAPED: Mapping[str, str] = {
     "egressTo": '[{"to": [{"podSelector": {"matchLabels": {"a": "X"}}}]}]',
 }
 # Sections that stand in values.yaml as they are, without a `config`.
-_PLAIN = ("parallel", "telemetry", "batch")
+_PLAIN = ("parallel", "telemetry", "batch", "router")
 _CONTEXTS: tuple[dict[str, Any], ...] = (
     {
         "model.device": "cuda",
@@ -283,6 +283,7 @@ _READERS: Mapping[str, tuple[str, ...]] = {
     "decode": ("decode",),
     "front": ("front",),
     "batch": ("front",),
+    "router": ("front",),
     "kvstore": ("kvstore",),
     "telemetry": ("prefill", "decode", "front", "kvstore"),
 }
