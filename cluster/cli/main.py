@@ -28,6 +28,7 @@ from cluster.cli import (
     logits,
     run_batch,
     serve,
+    simulate,
 )
 from penstock.errors import PenstockError, UsageError
 
@@ -45,7 +46,7 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     app.callback(help="Serves DeepSeek-V4-class models with million-token context.")(_root)
-    for group in (serve, kvstore, fetch, demo, ask, run_batch, logits, doctor):
+    for group in (serve, kvstore, fetch, demo, ask, run_batch, logits, doctor, simulate):
         group.register(app)
     batch.register(app)
     bench.register(app)

@@ -1,0 +1,186 @@
+"""`penstock simulate TRACE`: the cluster under a virtual clock (docs/simulator.md)."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from penstock.errors import UsageError
+
+if TYPE_CHECKING:
+    from cluster.simulate.figures import Result
+    from cluster.simulate.world import Plan
+
+_INFINITE = "never evicts"
+
+
+def register(app: typer.Typer) -> None:
+    app.command("simulate", help="Serve a trace by virtual workers: policies, sizes, capacity.")(
+        simulate
+    )
+
+
+def simulate(
+    trace: Annotated[
+        str,
+        typer.Argument(
+            metavar="TRACE",
+            help="JSONL as Mooncake's, or generated:requests=1000,rate=10,prompt=4096,answer=256,"
+            "turns=1,pause=30,spread=0.8,block=512,period=0,burst=1.",
+        ),
+    ],
+    prefill: Annotated[int, typer.Option(min=1, help="Prefill workers.")] = 1,
+    decode: Annotated[int, typer.Option(min=1, help="Decode workers.")] = 1,
+    model: Annotated[str, typer.Option(help="Costs of flash, pro, ledger or fake.")] = "flash",
+    costs: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="Coefficients over those of --model.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="One coefficient; repeatable."),
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="cost, round-robin, least-load, block-overlap (commas), or all.")
+    ] = "cost",
+    store_bytes: Annotated[
+        str,
+        typer.Option(metavar="SIZE", help="30GB, 10% of the trace's different bytes, or infinite."),
+    ] = "infinite",
+    eviction: Annotated[str, typer.Option(help="reuse, lru or s3-fifo.")] = "reuse",
+    speed: Annotated[float, typer.Option(min=1e-3, help="Requests come so much faster.")] = 1.0,
+    shrink: Annotated[int, typer.Option(min=1, help="Lengths are divided by it.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first requests only.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="What clients reserve; else what they get.")
+    ] = None,
+    slo_ttft: Annotated[float, typer.Option(min=0, help="Seconds to the first token.")] = 5.0,
+    slo_itl: Annotated[
+        float, typer.Option(min=0, help="Seconds between tokens, a request's mean.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of a generated trace.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png")] = None,
+) -> int:
+    from cluster.policy import RoutingPolicy
+    from cluster.simulate import plot as plots
+    from cluster.simulate import report
+    from cluster.simulate.costs import open_costs
+    from cluster.simulate.figures import Slo
+    from cluster.simulate.store import unique_bytes
+    from cluster.simulate.trace import open_trace
+    from cluster.simulate.world import Plan
+
+    if plot is not None:
+        plots.require()
+    for path in (json_file, plot):
+        _check_writable(path)
+    names = _names(policy, list(RoutingPolicy), "--policy")
+    found = open_trace(trace, seed=seed).scaled(speed=speed, shrink=shrink, limit=limit)
+    known = open_costs(model, file=costs, given=_pairs(set_ or []))
+    unique = unique_bytes(found, known)
+    capacity = _capacity(store_bytes, unique)
+    plan = Plan(
+        known,
+        prefill=prefill,
+        decode=decode,
+        store_bytes=capacity,
+        eviction=_eviction(eviction),
+        slo=Slo(slo_ttft, slo_itl),
+        max_tokens=max_tokens,
+    )
+    began_s = time.perf_counter()
+    results = _run(plan, found, names)
+    took_s = time.perf_counter() - began_s
+    store = "a store that never evicts" if capacity is None else f"{capacity / 1e9:.2f} GB"
+    title = (
+        f"{found.name}: {len(found.requests):,} requests in {found.duration_s:,.0f} s, "
+        f"{unique / 1e9:.2f} GB of different bytes; {model}, {prefill} + {decode} workers, {store}"
+    )
+    report.show(results, title=title)
+    per_s = len(found.requests) * len(results) / took_s
+    typer.echo(f"{took_s:.1f} s for {len(results)} runs: {per_s:,.0f} simulated requests/s")
+    settings = {
+        "trace": trace, "requests": len(found.requests), "seed": seed, "speed": speed,
+        "shrink": shrink, "model": model, "prefill": prefill, "decode": decode,
+        "store_bytes": capacity, "unique_bytes": unique, "eviction": eviction,
+        "slo_ttft_s": slo_ttft, "slo_itl_s": slo_itl, "costs": known.model_dump(),
+    }  # fmt: skip
+    if json_file is not None:
+        report.write_json(json_file, results, settings=settings)
+    if plot is not None:
+        plots.plot(plot, results, title=title)
+    return 0
+
+
+def _run(plan: Plan, found: Any, names: list[Any]) -> dict[str, Result]:
+    from dataclasses import replace
+
+    from cluster.simulate.world import simulate as run
+
+    results = {name.value: run(replace(plan, policy=name), found) for name in names}
+    if plan.store_bytes is not None:
+        # What no eviction at all would have given, beside it.
+        best = replace(plan, policy=names[0], store_bytes=None)
+        results[f"{names[0].value}, {_INFINITE}"] = run(best, found)
+    return results
+
+
+def _names(text: str, known: list[Any], flag: str) -> list[Any]:
+    if text == "all":
+        return known
+    by_name = {each.value: each for each in known}
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    wrong = [name for name in names if name not in by_name]
+    if wrong or not names:
+        raise UsageError(
+            f"{flag} {(wrong or [text])[0][:40]!a} is none of {', '.join(by_name)} and all"
+        )
+    return [by_name[name] for name in dict.fromkeys(names)]
+
+
+def _eviction(name: str) -> Any:
+    from kvstore.policy.choice import Eviction
+
+    (found,) = _names(name, list(Eviction), "--eviction")[:1]
+    return found
+
+
+def _capacity(text: str, unique: int) -> int | None:
+    from penstock.settings import parse_size
+
+    if text == "infinite":
+        return None
+    try:
+        if text.endswith("%"):
+            size = int(unique * float(text[:-1]) / 100)
+        else:
+            size = int(parse_size(text))
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise UsageError(
+            f"--store-bytes {text[:40]!a}: a size as 30GB, a share as 10%, or infinite"
+        )
+    return size
+
+
+def _pairs(given: list[str]) -> dict[str, str]:
+    pairs = [each.partition("=") for each in given]
+    for name, sign, _ in pairs:
+        if not sign:
+            raise UsageError(f"--set {name[:40]!a} must be NAME=VALUE, as decode_step_s=0.01")
+    return {name: value for name, _, value in pairs}
+
+
+def _check_writable(path: Path | None) -> None:
+    """Before a minute of simulating, not after it."""
+    if path is None:
+        return
+    try:
+        with path.open("a", encoding="utf-8"):
+            return
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
