@@ -11,7 +11,7 @@ of requests all see the same idle worker.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
@@ -136,6 +136,9 @@ class Resident:
     """
     seen: Mapping[str, int] = field(default_factory=dict)
     """Worker id -> leading tokens that were routed there before."""
+
+    def with_near(self, near: Mapping[str, int]) -> Resident:
+        return replace(self, near=near)
 
 
 NOTHING = Resident()

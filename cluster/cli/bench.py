@@ -1,4 +1,4 @@
-"""`penstock bench serve|front|store|engine`: the flags of the benchmarks."""
+"""`penstock bench serve|front|store|engine|router`: the flags of the benchmarks."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
     group.command("front", help="Cost of a streamed token by what stands before the front.")(front)
     group.command("store", help="Bytes and lookups through the store, beside plain TCP.")(store)
     group.command("engine", help="Speed of a model, beside a plain matmul.")(engine)
+    group.command("router", help="Routing decisions a second on one core.")(router)
     app.add_typer(group, name="bench")
 
 
@@ -204,6 +205,26 @@ def engine(
         seed=seed,
     )
     report.publish(result, json_file)
+    return 0
+
+
+def router(
+    json_file: Json = None,
+    workers: Annotated[int, typer.Option(min=2, max=65_536, help="Half of each role.")] = 64,
+    prefixes: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Resident, each with a state.")
+    ] = 100_000,
+    decisions: Annotated[int, typer.Option(min=1, help="In a round.")] = 20_000,
+    repeats: Annotated[int, typer.Option(min=1, max=50, help="Rounds.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of fleet and prompts.")] = 1,
+) -> int:
+    report = _room("report")
+    report.check_writable(json_file)
+    bench = _room("router")
+    plan = bench.Plan(
+        workers=workers, prefixes=prefixes, decisions=decisions, repeats=repeats, seed=seed
+    )
+    report.publish(bench.run(plan), json_file)
     return 0
 
 

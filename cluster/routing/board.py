@@ -9,7 +9,7 @@ everything: what it reports beyond the most that we had charged around then (`ot
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from cluster.contracts import WorkerView
 from cluster.policy import DECODE, NO_LOAD, PREFILL, Coefficients, Load
@@ -20,7 +20,7 @@ from penstock.errors import WorkerUnavailableError
 class Columns:
     """One role's workers of one fingerprint, ascending by id; entry i of each list is worker i's.
 
-    Seconds and bytes. The last four change with every charge.
+    Seconds and bytes. The last five change with every charge.
     """
 
     workers: list[WorkerView] = field(default_factory=list)
@@ -33,12 +33,18 @@ class Columns:
     stay_s: list[float] = field(default_factory=list)
     work_s: list[float] = field(default_factory=list)
     """Prefill: seconds of the prompts before a new one."""
+    tokens: list[int] = field(default_factory=list)
+    """Prefill: prompt tokens before a new one."""
     count: list[int] = field(default_factory=list)
     """Prompts or sequences there, waiting ones included."""
     step_s: list[float] = field(default_factory=list)
     """Decode: what one more token costs, to the new sequence and, by slower steps, to the others.
     """
     free_bytes: list[int] = field(default_factory=list)
+
+    @property
+    def places(self) -> range:
+        return range(len(self.workers))
 
     def snapshot(self) -> Columns:
         """As of now: later charges do not change it."""
@@ -50,9 +56,17 @@ class Columns:
             self.kv_token_s,
             self.stay_s,
             self.work_s.copy(),
+            self.tokens.copy(),
             self.count.copy(),
             self.step_s.copy(),
             self.free_bytes.copy(),
+        )
+
+    def without(self, avoid: frozenset[str]) -> Columns:
+        """Those of the others, as of now."""
+        kept = [i for i in self.places if self.workers[i].worker_id not in avoid]
+        return Columns(
+            *([column[i] for i in kept] for column in (getattr(self, f.name) for f in fields(self)))
         )
 
 
@@ -89,8 +103,7 @@ class Board:
         self.groups: tuple[Group, ...] = ()
         self.out: tuple[Out, ...] = ()
         self._roles: frozenset[str] = frozenset()
-        self._charged: dict[str, Load] = {}
-        self._peaks: dict[str, Load] = {}
+        self._tallies: dict[str, _Tally] = {}
         self._others: dict[str, Load] = {}
         self._known: dict[str, Coefficients] = {}
         self._places: dict[str, tuple[Columns, int]] = {}
@@ -98,11 +111,14 @@ class Board:
     @property
     def charged(self) -> Mapping[str, Load]:
         """This process's charges by worker id; no entry means none."""
-        return self._charged
+        loads = {worker_id: tally.now() for worker_id, tally in self._tallies.items()}
+        return {worker_id: load for worker_id, load in loads.items() if load != NO_LOAD}
 
     def load(self, worker_id: str) -> Load:
         """Charged by us and given by others."""
-        return self._charged.get(worker_id, NO_LOAD) + self._others.get(worker_id, NO_LOAD)
+        others = self._others.get(worker_id, NO_LOAD)
+        tally = self._tallies.get(worker_id)
+        return others if tally is None else tally.now() + others
 
     def show(
         self,
@@ -137,21 +153,24 @@ class Board:
                 out += (Out(w, "no partner") for c in roles.values() for w in c.workers)
         self.groups, self.out = tuple(groups), tuple(out)
 
-    def charge(self, worker_id: str, load: Load) -> None:
-        """Add `load`, or take it back: its negative."""
-        total = self._charged.get(worker_id, NO_LOAD) + load
-        if total == NO_LOAD:
-            self._charged.pop(worker_id, None)
-        else:
-            self._charged[worker_id] = total
-        self._peaks[worker_id] = most_of((total, self._peaks.get(worker_id, NO_LOAD)))
+    def charge(self, worker_id: str, load: Load, *, back: bool = False) -> None:
+        """Add `load`, or take it `back`."""
+        tally = self._tallies.get(worker_id)
+        if tally is None:
+            tally = self._tallies[worker_id] = _Tally()
+        tally.add(load, -1 if back else 1)
         place = self._places.get(worker_id)
         if place is not None:
             self._weigh(*place)
 
     def take_peaks(self) -> dict[str, Load]:
         """The most that was charged to each worker, field by field, since this was last asked."""
-        peaks, self._peaks = self._peaks, dict(self._charged)
+        peaks = {worker_id: tally.peak() for worker_id, tally in self._tallies.items()}
+        for worker_id, tally in tuple(self._tallies.items()):
+            if tally.now() == NO_LOAD:
+                del self._tallies[worker_id]
+            else:
+                tally.forget_peak()
         return peaks
 
     def missing(self, avoid: frozenset[str]) -> WorkerUnavailableError:
@@ -181,6 +200,7 @@ class Board:
         columns.kv_token_s.append(worker.bytes_per_token / known.fetch_bytes_per_s)
         columns.stay_s.append(known.stay_s)
         columns.work_s.append(0.0)
+        columns.tokens.append(0)
         columns.count.append(0)
         columns.step_s.append(0.0)
         columns.free_bytes.append(0)
@@ -191,18 +211,63 @@ class Board:
     def _weigh(self, columns: Columns, at: int) -> None:
         """The columns that follow from the load."""
         worker = columns.workers[at]
-        load, known = self.load(worker.worker_id), self._known[worker.worker_id]
+        worker_id = worker.worker_id
+        others = self._others.get(worker_id, NO_LOAD)
+        tally, known = self._tallies.get(worker_id, _IDLE), self._known[worker_id]
         if worker.role == PREFILL:
-            columns.count[at] = max(0, load.prompts)
+            tokens = tally.tokens + others.tokens
+            columns.tokens[at] = tokens
+            columns.count[at] = tally.prompts + others.prompts
             columns.work_s[at] = (
-                max(0, load.tokens) * known.token_s + max(0.0, load.pairs) * known.pair_s
+                tokens * known.token_s + (tally.pairs + others.pairs) * known.pair_s
             )
         else:
-            count = max(0, load.sequences)
+            count = tally.sequences + others.sequences
             columns.count[at] = count
             # The new one's own step, and what each of the others waits longer because of it.
             columns.step_s[at] = known.step_s + (2 * count + 1) * known.sequence_s
-            columns.free_bytes[at] = worker.capacity_bytes - max(0, load.size_bytes)
+            columns.free_bytes[at] = worker.capacity_bytes - tally.size_bytes - others.size_bytes
+
+
+class _Tally:
+    """Charges of one worker, and their most: the same sums as of `Load`, in place."""
+
+    __slots__ = ("_most", "pairs", "prompts", "sequences", "size_bytes", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens, self.pairs, self.prompts, self.sequences, self.size_bytes = 0, 0.0, 0, 0, 0
+        self._most = [0, 0.0, 0, 0, 0]
+
+    def add(self, load: Load, sign: int) -> None:
+        self.tokens += sign * load.tokens
+        self.pairs += sign * load.pairs
+        self.prompts += sign * load.prompts
+        self.sequences += sign * load.sequences
+        self.size_bytes += sign * load.size_bytes
+        most = self._most
+        if self.tokens > most[0]:
+            most[0] = self.tokens
+        if self.pairs > most[1]:
+            most[1] = self.pairs
+        if self.prompts > most[2]:
+            most[2] = self.prompts
+        if self.sequences > most[3]:
+            most[3] = self.sequences
+        if self.size_bytes > most[4]:
+            most[4] = self.size_bytes
+
+    def now(self) -> Load:
+        return Load(self.tokens, self.pairs, self.prompts, self.sequences, self.size_bytes)
+
+    def peak(self) -> Load:
+        tokens, products, prompts, sequences, size_bytes = self._most
+        return Load(int(tokens), products, int(prompts), int(sequences), int(size_bytes))
+
+    def forget_peak(self) -> None:
+        self._most = [self.tokens, self.pairs, self.prompts, self.sequences, self.size_bytes]
+
+
+_IDLE = _Tally()
 
 
 def reported(worker: WorkerView) -> Load:

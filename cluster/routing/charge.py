@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.policy import DECODE, NO_LOAD, PREFILL, Load, Resident, Route, Shape, pairs
+from cluster.policy import Load, Resident, Route, Shape, pairs
 from cluster.routing.board import Board
 
 
@@ -13,38 +13,38 @@ class Charged:
     with the first token. Decode carries the sequence and its memory until the end.
     """
 
+    __slots__ = ("_board", "_decode", "_prefill", "_route", "_shape")
+
     def __init__(self, board: Board, route: Route, shape: Shape, resident: Resident) -> None:
-        self._board = board
-        self._shape = shape
+        self._board, self._route, self._shape = board, route, shape
+        near = resident.near.get(route.prefill.worker_id, 0) if resident.near else 0
+        self._prefill: Load | None = self._left(max(resident.resumable_tokens, near))
         size_bytes = int(shape.total_tokens * route.decode.bytes_per_token)
-        self._workers = {PREFILL: route.prefill.worker_id, DECODE: route.decode.worker_id}
-        self._held: dict[str, Load] = {}
-        near = resident.near.get(route.prefill.worker_id, 0)
-        self._set(PREFILL, self._left(max(resident.resumable_tokens, near)))
-        self._set(DECODE, Load(sequences=1, size_bytes=size_bytes))
+        self._decode: Load | None = Load(sequences=1, size_bytes=size_bytes)
+        board.charge(route.prefill.worker_id, self._prefill)
+        board.charge(route.decode.worker_id, self._decode)
 
     def read(self, tokens_done: int) -> None:
         """So many prompt tokens are ready, restored ones included."""
-        if PREFILL in self._held:
-            self._set(PREFILL, self._left(tokens_done))
+        if self._prefill is not None:
+            self.answering()
+            self._prefill = self._left(tokens_done)
+            self._board.charge(self._route.prefill.worker_id, self._prefill)
 
     def answering(self) -> None:
         """The first token is there: nothing is left to do for prefill."""
-        self._set(PREFILL, NO_LOAD)
+        if self._prefill is not None:
+            self._board.charge(self._route.prefill.worker_id, self._prefill, back=True)
+            self._prefill = None
 
     def close(self) -> None:
         """Release whatever is still charged."""
-        for role in tuple(self._held):
-            self._set(role, NO_LOAD)
+        self.answering()
+        if self._decode is not None:
+            self._board.charge(self._route.decode.worker_id, self._decode, back=True)
+            self._decode = None
 
     def _left(self, done: int) -> Load:
         end = self._shape.prompt_tokens
         done = min(max(done, 0), end)
         return Load(tokens=end - done, pairs=pairs(done, end), prompts=1)
-
-    def _set(self, role: str, load: Load) -> None:
-        before = self._held.pop(role, NO_LOAD)
-        if load != NO_LOAD:
-            self._held[role] = load
-        if load != before:
-            self._board.charge(self._workers[role], load - before)

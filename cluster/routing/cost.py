@@ -31,6 +31,8 @@ LAST_CHUNK_TOKENS = 2_048
 PENALTY_TOKENS = 256
 """Most tokens that the inter-token penalty counts: max_tokens is a bound, not a forecast."""
 
+_NEVER = float("inf")
+
 
 class CostPolicy:
     """See the module."""
@@ -40,9 +42,9 @@ class CostPolicy:
     ) -> Choice:
         terms = _Terms(shape, resident)
         best = None
-        for group, prefills, decodes in able(board, avoid):
-            at, prefill_s = terms.best_prefill(group.prefill, prefills)
-            to, decode_s = terms.best_decode(group.decode, decodes, prefill_s)
+        for group in able(board, avoid):
+            at, prefill_s = terms.best_prefill(group.prefill)
+            to, decode_s = terms.best_decode(group.decode, prefill_s)
             if best is None or prefill_s + decode_s < best[0]:
                 best = (prefill_s + decode_s, group, at, to, prefill_s)
         assert best is not None, "`able` returns at least one group"
@@ -87,50 +89,50 @@ class _Terms:
         self._answer = min(shape.max_tokens, PENALTY_TOKENS)
         self._near = {w: t for w, t in resident.near.items() if t > self._resume}
 
-    def best_prefill(self, columns: Columns, places: Sequence[int]) -> tuple[int, float]:
-        """Its place and its seconds. One pass: this is what a decision's time goes to."""
-        new, products, size_bytes = self._new, self._pairs, self._fetch_bytes
-        tail = self._tail
-        token_s, pair_s, byte_s = columns.token_s, columns.pair_s, columns.byte_s
-        kv_token_s, work_s, count = columns.kv_token_s, columns.work_s, columns.count
-        at, least = -1, float("inf")
-        for i in places:
-            own = new * token_s[i] + products * pair_s[i]
-            fetch = size_bytes * byte_s[i]
-            if fetch > own:
-                own = fetch
-            line = work_s[i]
-            turns = count[i] * own
-            cost = (line if line < turns else turns) + own + tail * kv_token_s[i]
+    def best_prefill(self, columns: Columns) -> tuple[int, float]:
+        """Its place and its seconds: `prefill_parts` of all, where a decision's time goes to."""
+        if self._near:
+            return _least([self.prefill_parts(columns, i).total for i in columns.places])
+        new, products, size_bytes, tail = self._new, self._pairs, self._fetch_bytes, self._tail
+        at, least = 0, _NEVER
+        for i, token_s, pair_s, byte_s, kv_token_s, line, count in zip(
+            columns.places,
+            columns.token_s,
+            columns.pair_s,
+            columns.byte_s,
+            columns.kv_token_s,
+            columns.work_s,
+            columns.count,
+            strict=True,
+        ):
+            work = new * token_s + products * pair_s
+            fetch = size_bytes * byte_s
+            if fetch > work:
+                work = fetch
+            turns = count * work
+            cost = (line if line < turns else turns) + work + tail * kv_token_s
             if cost < least:
                 at, least = i, cost
-        if self._near:
-            for i in places:
-                if columns.workers[i].worker_id in self._near:
-                    cost = self.prefill_parts(columns, i).total
-                    if cost < least or (cost == least and i < at):
-                        at, least = i, cost
         return at, least
 
-    def best_decode(
-        self, columns: Columns, places: Sequence[int], prefill_s: float
-    ) -> tuple[int, float]:
-        prompt, total, answer, tail = self._prompt, self._total, self._answer, self._tail
-        kv_token_s, step_s, free_bytes = columns.kv_token_s, columns.step_s, columns.free_bytes
-        workers = columns.workers
-        at, least = -1, float("inf")
-        for i in places:
-            cost = answer * step_s[i]
-            exposed = prompt * kv_token_s[i] - prefill_s
-            end = tail * kv_token_s[i]
-            cost += end if end > exposed else exposed
-            lacking = total * workers[i].bytes_per_token - free_bytes[i]
-            if lacking > 0:
-                cost += self._wait_s(columns, i, lacking)
+    def best_decode(self, columns: Columns, prefill_s: float) -> tuple[int, float]:
+        """As `decode_parts`, of all. The first place if nowhere is ever room: the worker itself
+        says so in its own words.
+        """
+        prompt, answer, tail = self._prompt, self._answer, self._tail
+        # One fingerprint has one layout.
+        need_bytes = self._total * columns.workers[0].bytes_per_token
+        at, least = 0, _NEVER
+        for i, step_s, kv_token_s, free_bytes in zip(
+            columns.places, columns.step_s, columns.kv_token_s, columns.free_bytes, strict=True
+        ):
+            exposed, end = prompt * kv_token_s - prefill_s, tail * kv_token_s
+            cost = answer * step_s + (end if end > exposed else exposed)
+            if free_bytes < need_bytes:
+                cost += self._wait_s(columns, i, need_bytes - free_bytes)
             if cost < least:
                 at, least = i, cost
-        # Nowhere is there ever room: the worker itself says so in its own words.
-        return (at, least) if at >= 0 else (places[0], least)
+        return at, least
 
     def prefill_parts(self, columns: Columns, at: int) -> Parts:
         new, resume, fetch_bytes = self._new, self._resume, self._fetch_bytes
@@ -164,5 +166,10 @@ class _Terms:
         """Until `lacking` bytes are free: answers end evenly, and at least one has to."""
         capacity = columns.workers[at].capacity_bytes
         if self._total * columns.workers[at].bytes_per_token > capacity:
-            return float("inf")
+            return _NEVER
         return columns.stay_s[at] * max(1 / max(1, columns.count[at]), lacking / capacity)
+
+
+def _least(costs: Sequence[float]) -> tuple[int, float]:
+    least = min(costs)
+    return costs.index(least), least

@@ -5,7 +5,8 @@ Each picks the fingerprint group of its first choice, so both workers belong tog
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from cluster.policy import NOBODY, Resident, Route, RoutingPolicy, Shape
 from cluster.routing.board import Board, Columns, Group
@@ -19,16 +20,10 @@ class RoundRobin:
     def choose(
         self, board: Board, shape: Shape, resident: Resident, *, avoid: frozenset[str] = NOBODY
     ) -> Choice:
-        turn = board.turn
-
-        def next_of(places: Sequence[int]) -> int:
-            return places[turn % len(places)]
-
-        found = able(board, avoid)
         # By turns among all prefill workers of all groups, then within the group.
-        every = [(group, at, decodes) for group, prefills, decodes in found for at in prefills]
-        group, at, decodes = every[turn % len(every)]
-        to = next_of(decodes)
+        every = [(group, at) for group in able(board, avoid) for at in group.prefill.places]
+        group, at = every[board.turn % len(every)]
+        to = board.turn % len(group.decode.workers)
         numbers = {
             group.prefill.workers[at].worker_id: 0.0,
             group.decode.workers[to].worker_id: 0.0,
@@ -51,16 +46,16 @@ class LeastLoad:
     def choose(
         self, board: Board, shape: Shape, resident: Resident, *, avoid: frozenset[str] = NOBODY
     ) -> Choice:
-        def prefill(columns: Columns, i: int) -> Parts:
-            before = tokens[columns.workers[i].worker_id]
-            return Parts({"tokens": before, "prompts": columns.count[i] / _MANY})
+        def prefill(columns: Columns, i: int) -> float:
+            return columns.tokens[i] + columns.count[i] / _MANY
 
-        tokens = _tokens(board)
-        decode = _decode_load(shape)
-        picked = _pick(able(board, avoid), prefill, decode)
+        def prefill_parts(columns: Columns, i: int) -> Parts:
+            return Parts({"tokens": columns.tokens[i], "prompts": columns.count[i] / _MANY})
+
+        picked = _pick(able(board, avoid), prefill, shape)
         return _choice(
             RoutingPolicy.LEAST_LOAD, "tokens", board, shape, resident, avoid,
-            picked, (prefill, decode),
+            picked, (prefill_parts, partial(_decode_parts, shape)),
         )  # fmt: skip
 
 
@@ -72,23 +67,28 @@ class BlockOverlap:
     def choose(
         self, board: Board, shape: Shape, resident: Resident, *, avoid: frozenset[str] = NOBODY
     ) -> Choice:
-        def prefill(columns: Columns, i: int) -> Parts:
-            worker_id = columns.workers[i].worker_id
-            seen = min(resident.seen.get(worker_id, 0), shape.prompt_tokens)
+        prompt, seen = shape.prompt_tokens, resident.seen
+
+        def overlap(columns: Columns, i: int) -> int:
+            return min(seen.get(columns.workers[i].worker_id, 0), prompt)
+
+        def prefill(columns: Columns, i: int) -> float:
+            return (prompt - overlap(columns, i)) / BLOCK_TOKENS + columns.tokens[i] / BLOCK_TOKENS
+
+        def prefill_parts(columns: Columns, i: int) -> Parts:
+            shared = overlap(columns, i)
             return Parts(
                 {
-                    "to_compute": (shape.prompt_tokens - seen) / BLOCK_TOKENS,
-                    "before": tokens[worker_id] / BLOCK_TOKENS,
+                    "to_compute": (prompt - shared) / BLOCK_TOKENS,
+                    "before": columns.tokens[i] / BLOCK_TOKENS,
                 },
-                {"overlap_tokens": seen},
+                {"overlap_tokens": shared},
             )
 
-        tokens = _tokens(board)
-        decode = _decode_load(shape)
-        picked = _pick(able(board, avoid), prefill, decode)
+        picked = _pick(able(board, avoid), prefill, shape)
         return _choice(
             RoutingPolicy.BLOCK_OVERLAP, "blocks", board, shape, resident, avoid,
-            picked, (prefill, decode),
+            picked, (prefill_parts, partial(_decode_parts, shape)),
         )  # fmt: skip
 
 
@@ -96,48 +96,39 @@ _MANY = float(1 << 20)
 """Makes a count the second key of a sum: nothing has so many prompts."""
 
 
-def _tokens(board: Board) -> dict[str, float]:
-    """Tokens before a new prompt, as of now, by worker id."""
-    return {
-        worker.worker_id: max(0.0, float(board.load(worker.worker_id).tokens))
-        for group in board.groups
-        for worker in group.prefill.workers
-    }
+def _decode(columns: Columns, i: int, need_bytes: float) -> tuple[float, float, float]:
+    """No room, sequences, share in use: the parts of a decode worker's cost."""
+    capacity, free = columns.workers[i].capacity_bytes, columns.free_bytes[i]
+    used = min((capacity - free) / capacity, 1e3) / _MANY
+    return (_MANY if need_bytes > free else 0.0), float(columns.count[i]), used
 
 
-def _decode_load(shape: Shape) -> ToParts:
-    def parts(columns: Columns, i: int) -> Parts:
-        worker = columns.workers[i]
-        need = shape.total_tokens * worker.bytes_per_token
-        used = worker.capacity_bytes - columns.free_bytes[i]
-        full = used + need > worker.capacity_bytes
-        return Parts(
-            {
-                "no_room": _MANY if full else 0.0,
-                "sequences": float(columns.count[i]),
-                "used": min(used / worker.capacity_bytes, 1e3) / _MANY,
-            }
-        )
-
-    return parts
+def _decode_parts(shape: Shape, columns: Columns, i: int) -> Parts:
+    need_bytes = shape.total_tokens * columns.workers[i].bytes_per_token
+    no_room, sequences, used = _decode(columns, i, need_bytes)
+    return Parts({"no_room": no_room, "sequences": sequences, "used": used})
 
 
 def _pick(
-    found: list[tuple[Group, Sequence[int], Sequence[int]]], prefill: ToParts, decode: ToParts
+    found: Sequence[Group],
+    prefill: Callable[[Columns, int], float],
+    shape: Shape,
 ) -> tuple[Group, int, int]:
     """The group with the best decode worker (it has the scarcer thing, memory), then its prefill
     worker.
     """
     best = None
-    for group, prefills, decodes in found:
-        to = min(decodes, key=lambda i: decode(group.decode, i).total)
-        least = decode(group.decode, to).total
+    for group in found:
+        columns = group.decode
+        need_bytes = shape.total_tokens * columns.workers[0].bytes_per_token
+        costs = [sum(_decode(columns, i, need_bytes)) for i in columns.places]
+        least = min(costs)
         if best is None or least < best[0]:
-            best = (least, group, prefills, to)
+            best = (least, group, costs.index(least))
     assert best is not None, "`able` returns at least one group"
-    _, group, prefills, to = best
-    at = min(prefills, key=lambda i: prefill(group.prefill, i).total)
-    return group, at, to
+    _, group, to = best
+    costs = [prefill(group.prefill, i) for i in group.prefill.places]
+    return group, costs.index(min(costs)), to
 
 
 def _choice(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cluster.contracts import WorkerView
 from cluster.policy import DECODE, PREFILL, Cost, Resident, Route, RoutingPolicy, Shape
 from cluster.routing.board import Board, Columns, Group, Out
 
@@ -25,7 +24,7 @@ class Parts:
 ToParts = Callable[[Columns, int], Parts]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Choice:
     """`cluster.policy.Decision`. Holds the columns as they were: the table is made when asked for,
     by the same sums that chose.
@@ -70,22 +69,17 @@ def _rows(
     return rows
 
 
-def able(board: Board, avoid: frozenset[str]) -> list[tuple[Group, Sequence[int], Sequence[int]]]:
-    """The groups with the places of those workers that may be chosen; both are never empty.
+def able(board: Board, avoid: frozenset[str]) -> Sequence[Group]:
+    """The groups without those to avoid, as far as they have a worker of each role then.
 
-    Raises `WorkerUnavailableError` if there is no such group.
+    Raises `WorkerUnavailableError` if none has.
     """
-    found: list[tuple[Group, Sequence[int], Sequence[int]]] = []
-    for group in board.groups:
-        prefills = _places(group.prefill.workers, avoid)
-        decodes = _places(group.decode.workers, avoid)
-        if prefills and decodes:
-            found.append((group, prefills, decodes))
-    if not found:
+    groups = board.groups
+    if avoid:
+        groups = tuple(
+            Group(g.fingerprint, g.prefill.without(avoid), g.decode.without(avoid)) for g in groups
+        )
+        groups = tuple(g for g in groups if g.prefill.workers and g.decode.workers)
+    if not groups:
         raise board.missing(avoid)
-    return found
-
-
-def _places(workers: Sequence[WorkerView], avoid: frozenset[str]) -> Sequence[int]:
-    every = range(len(workers))
-    return [at for at in every if workers[at].worker_id not in avoid] if avoid else every
+    return groups

@@ -30,7 +30,7 @@ def test_one_front_alone_sees_its_own_work_once() -> None:
     assert board.load("p0").tokens == 700
     assert board.load("p0").prompts == 2
     # Finished here, still in the next heartbeat: it is not somebody else's work either.
-    board.charge("p0", Load(tokens=-700, prompts=-2))
+    board.charge("p0", Load(tokens=700, prompts=2), back=True)
     ours = most_of([board.take_peaks()["p0"]])
     board.show([told], others={"p0": others_of(told, ours)})
     assert board.load("p0") == NO_LOAD
