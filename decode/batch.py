@@ -1,8 +1,9 @@
 """The continuous batch: one thread drives the engine, requests join and leave between its steps.
 
 A turn of the thread: some pieces of other work (attach, open, export, release) for a bounded time;
-then one step of all streams (`decode.step`). What was drawn goes out before the next turn begins.
-In numerics class `exact` the company that a sequence keeps does not change its tokens.
+then one step of all streams (`decode.step`). Whoever waits for such work is answered before the
+step begins, so a prompt that has been attached takes part in it. What was drawn goes out before the
+next turn. In numerics class `exact` the company that a sequence keeps does not change its tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from decode.speculation import DraftCounts
@@ -26,6 +27,9 @@ from penstock.telemetry.meters import NO_METER, Meter
 
 WORK_SLICE_S = 0.005
 """Other work in a turn, so that attaching a long prompt does not hold up the streams."""
+_ROUNDS_TO_JOIN = 8
+"""Of the event loop between work and step: an attached prompt's task gets from its last piece of
+work to `join` in these, and nothing else waits for them."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,14 +42,6 @@ class _Work:
     future: asyncio.Future[Any]
     result: Any = None
     error: Exception | None = None
-
-
-@dataclass
-class _Turn:
-    """What happened on the thread; applied on the event loop."""
-
-    work: list[_Work] = field(default_factory=list)
-    outcomes: list[Outcome] = field(default_factory=list)
 
 
 class Batch:
@@ -117,12 +113,15 @@ class Batch:
                 if not self._streams and not self._work:
                     self._wake.clear()
                     await self._wake.wait()
-                # Work that comes later waits for the next turn: it may release a sequence whose
-                # stream has left since, but which is still in this turn's step.
-                turn = await loop.run_in_executor(
-                    self._executor, self._turn, tuple(self._streams), len(self._work)
-                )
-                self._apply(turn)
+                if self._work:
+                    # Work that comes later waits for the next turn: it may release a sequence
+                    # whose stream has left since.
+                    count = len(self._work)
+                    self._answer(await loop.run_in_executor(self._executor, self._do_work, count))
+                    for _ in range(_ROUNDS_TO_JOIN):
+                        await asyncio.sleep(0)
+                if streams := tuple(self._streams):
+                    self._apply(await loop.run_in_executor(self._executor, self._step, streams))
         except Exception:
             # A bug of ours: `check` shows it, and nobody may wait for a batch that has ended.
             _log.exception("the decode batch ended")
@@ -141,16 +140,14 @@ class Batch:
 
     # On the engine's thread
 
-    def _turn(self, streams: tuple[Stream, ...], work_items: int) -> _Turn:
-        turn = _Turn()
-        self._do_work(turn, work_items)
-        if streams:
-            begun = time.perf_counter()
-            turn.outcomes = self._stepper.step(streams)
-            self._meter.observe(M.STEP_TIME, time.perf_counter() - begun)
-        return turn
+    def _step(self, streams: tuple[Stream, ...]) -> list[Outcome]:
+        begun = time.perf_counter()
+        outcomes = self._stepper.step(streams)
+        self._meter.observe(M.STEP_TIME, time.perf_counter() - begun)
+        return outcomes
 
-    def _do_work(self, turn: _Turn, most: int) -> None:
+    def _do_work(self, most: int) -> list[_Work]:
+        done: list[_Work] = []
         until = time.perf_counter() + WORK_SLICE_S
         for _ in range(most):
             work = self._work.popleft()
@@ -161,25 +158,28 @@ class Batch:
             except Exception as error:
                 # Belongs to whoever asked for it, not to the batch.
                 work.error = error
-            turn.work.append(work)
+            done.append(work)
             if time.perf_counter() >= until:
-                return
+                break
+        return done
 
     # On the event loop
 
-    def _apply(self, turn: _Turn) -> None:
-        for work in turn.work:
+    def _answer(self, done: list[_Work]) -> None:
+        for work in done:
             if work.future.done():
                 continue
             if work.error is not None:
                 work.future.set_exception(work.error)
             else:
                 work.future.set_result(work.result)
-        for outcome in turn.outcomes:
+
+    def _apply(self, outcomes: list[Outcome]) -> None:
+        for outcome in outcomes:
             self.drafts.add(len(outcome.drafts), outcome.accepted)
             if outcome.stream in self._streams:
                 self._hand_out(outcome)
-        drawn = sum(len(outcome.drawn) for outcome in turn.outcomes)
+        drawn = sum(len(outcome.drawn) for outcome in outcomes)
         if drawn:
             self.steps += 1
             self._meter.observe(M.ITERATION_TOKENS, drawn)

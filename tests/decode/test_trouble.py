@@ -343,3 +343,29 @@ async def test_work_that_comes_during_a_turn_waits_for_the_next() -> None:
         pass
     assert len(stayer.tokens) == 500
     await batch.stop()
+
+
+async def test_whoever_has_been_attached_takes_part_in_the_very_next_step() -> None:
+    engine = FakeEngine(FakeSettings(decode_step_ms=20))
+    batch = Batch(engine)
+    batch.start()
+
+    def stream() -> Stream:
+        sequence = engine.open(600)
+        engine.forward([Segment(sequence, [1, 2, 3], states_at=(3,))])
+        output = Output(StopRule(50, ignore_eos=True), engine.info.eos_token_ids, None)
+        return Stream(sequence, GREEDY, output, Wishes(), lambda position, payload: None)
+
+    company = stream()
+    batch.join(company)
+    await company.take()
+    for _ in range(5):
+        fresh = stream()
+        # The last piece of an attach: when it has been done, a step is about to begin.
+        await batch.submit(engine.export_state, fresh.sequence)
+        steps = batch.steps
+        batch.join(fresh)
+        await fresh.take()
+        assert batch.steps == steps + 1
+        batch.leave(fresh)
+    await batch.stop()
