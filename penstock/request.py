@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 from penstock.errors import InvalidRequestError
 
@@ -11,6 +12,14 @@ MOST_TOP_LOGPROBS = 20
 
 MOST_STOPS = 16
 LONGEST_STOP = 256
+
+
+class Priority(IntEnum):
+    """Who goes first where work has to wait; less is earlier. Ageing keeps every class moving."""
+
+    INTERACTIVE = 0
+    NORMAL = 1
+    BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,9 @@ class Request:
     """Return the log probability of each token, and of this many likeliest ones beside it."""
     grammar: Grammar | None = None
     """Draw only tokens that it allows."""
+    tenant: bytes = b""
+    """Whose share of the workers it uses: an opaque tag, never a name or a key."""
+    priority: Priority = Priority.NORMAL
 
     def __post_init__(self) -> None:
         if not self.token_ids:
