@@ -17,7 +17,7 @@ from penstock import transport
 from penstock.errors import StoreUnavailableError
 from penstock.peers import ALONE, Peers
 from penstock.request import EvidenceSpan, Grammar, Progress, Request, TokenChunk, TokenLogprobs
-from penstock.rpc import channel_options, error_from_rpc
+from penstock.rpc import channel_options, error_from_rpc, priority_on_wire
 from penstock.telemetry.exporter import read_metrics
 from protos.penstock.kv.v1 import kv_pb2, kv_pb2_grpc
 from protos.penstock.worker.v1 import worker_pb2, worker_pb2_grpc
@@ -166,6 +166,8 @@ def _prompt(request: Request, worker: WorkerView) -> worker_pb2.Prompt:
         token_ids=request.token_ids,
         namespace=request.namespace,
         fingerprint=worker.fingerprint,
+        tenant=request.tenant,
+        priority=worker_pb2.Priority.ValueType(priority_on_wire(request.priority)),
     )
 
 

@@ -16,6 +16,8 @@ class PenstockError(Exception):
     code: str | None = "internal_error"
     grpc_code = "INTERNAL"
     retry_after_s: float | None = None
+    reason: str | None = None
+    """Why there was no room, in one word for programs: `queue_full`, `predicted_wait`, ..."""
 
     def __init__(
         self,
@@ -24,6 +26,7 @@ class PenstockError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: float | None = None,
+        reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -32,6 +35,8 @@ class PenstockError(Exception):
             self.code = code
         if retry_after_s is not None:
             self.retry_after_s = retry_after_s
+        if reason is not None:
+            self.reason = reason
 
 
 class UsageError(PenstockError):
@@ -223,13 +228,18 @@ _BY_CODE: dict[str, type[PenstockError]] = {
 
 
 def from_code(
-    code: str, message: str, *, param: str | None = None, retry_after_s: float | None = None
+    code: str,
+    message: str,
+    *,
+    param: str | None = None,
+    retry_after_s: float | None = None,
+    reason: str | None = None,
 ) -> PenstockError:
     """Rebuild an error that crossed a wire as (code, message); an unknown code stays a server
     error.
     """
     return _BY_CODE.get(code, PenstockError)(
-        message, param=param, code=code, retry_after_s=retry_after_s
+        message, param=param, code=code, retry_after_s=retry_after_s, reason=reason
     )
 
 

@@ -31,6 +31,7 @@ from penstock.errors import (
     from_code,
 )
 from penstock.peers import ALONE, Peers
+from penstock.request import Priority
 from penstock.telemetry import logs
 from penstock.telemetry.exporter import HttpExporter, metrics_handler
 from penstock.telemetry.meters import Meters
@@ -42,6 +43,7 @@ from protos.penstock.kv.v1 import kv_pb2
 CODE_KEY = "penstock-code"
 RETRY_KEY = "retry-after-ms"
 PARAM_KEY = "penstock-param"
+REASON_KEY = "penstock-reason"
 MAX_MESSAGE_BYTES = 32 << 20
 """A prompt of a million tokens takes at most 5 MB; this leaves room for several."""
 _MAX_DETAIL_CHARS = 2_000
@@ -97,6 +99,7 @@ def error_from_rpc(error: grpc.aio.AioRpcError, *, peer: str) -> PenstockError:
             message,
             param=metadata.get(PARAM_KEY),
             retry_after_s=retry_after_s,
+            reason=metadata.get(REASON_KEY),
         )
     match code:
         case grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -121,6 +124,8 @@ async def abort_with(context: Any, error: PenstockError) -> None:
         metadata.append((RETRY_KEY, str(int(error.retry_after_s * 1e3))))
     if error.param is not None:
         metadata.append((PARAM_KEY, error.param))
+    if error.reason is not None:
+        metadata.append((REASON_KEY, error.reason))
     code = getattr(grpc.StatusCode, error.grpc_code)
     await context.abort(code, error.message[:_MAX_DETAIL_CHARS], trailing_metadata=tuple(metadata))
 
@@ -378,3 +383,13 @@ def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
         raise InvalidRequestError(
             f"token id {highest} is outside the vocabulary of {vocab_size}", param="tokens"
         )
+
+
+def priority_of(wire: int) -> Priority:
+    """What a worker's message names; anything unknown is normal."""
+    return {1: Priority.INTERACTIVE, 3: Priority.BATCH}.get(wire, Priority.NORMAL)
+
+
+def priority_on_wire(priority: Priority) -> int:
+    """`penstock.worker.v1.Priority`."""
+    return int(priority) + 1

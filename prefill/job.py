@@ -5,22 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from kvstore.contracts import BlockStore
 from model.engine import Engine
-from penstock.errors import PenstockError
+from penstock.errors import OverloadedError, PenstockError
 from penstock.identity import Chain
+from penstock.request import Priority
 from penstock.telemetry import catalog as M
 from penstock.telemetry import trace
 from penstock.telemetry.meters import NO_METER, Meter
-from prefill.planner import plan_chunks
+from prefill.inflight import InFlight, Lead
+from prefill.planner import ChunkPlan
 from prefill.publisher import PromptPublisher
 from prefill.restore import Restorer
-from prefill.scheduler import PromptScheduler
+from prefill.scheduler import PromptScheduler, Ticket, Wish
 from prefill.sequence import ModelThread, PromptSequence
+from prefill.steps import Reading, Steps
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +36,10 @@ class Prompt:
     chain: Chain
     boundaries: tuple[int, ...]
     lease_ttl_s: float
+    tenant: bytes = b""
+    priority: Priority = Priority.NORMAL
+    most_wait_s: float | None = None
+    """It is refused at once if the line is predicted to take longer."""
 
     @property
     def length(self) -> int:
@@ -74,10 +81,14 @@ class PromptRunner:
     thread: ModelThread
     store: BlockStore
     scheduler: PromptScheduler
-    chunk_tokens: int
     meter: Meter = NO_METER
     open_sequences: int = 0
+    in_flight: InFlight = field(default_factory=InFlight)
+    steps: Steps = field(init=False)
     _cleanups: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.steps = Steps(self.engine, self.thread, self.scheduler, self.meter)
 
     async def run(self, prompt: Prompt, listener: Listener) -> Outcome:
         """Afterwards every block of the prompt and the state at its end are committed.
@@ -85,99 +96,151 @@ class PromptRunner:
         Cancelling takes effect at the next chunk border. Raises StoreUnavailableError,
         OverloadedError and ContextLengthError; then nothing of the request is held any more.
         """
-        counted = _Remaining(self.scheduler, prompt.length)
+        wish = Wish(
+            prompt.length,
+            self.engine.bytes_for(prompt.length),
+            prompt.tenant,
+            prompt.priority,
+            prompt.most_wait_s,
+        )
         arrived = time.monotonic()
+        with self.scheduler.entered(wish) as ticket:
+            async with self._leases(prompt):
+                await self._first(prompt, ticket)
+                with self.in_flight.leading(ticket, prompt.chain.blocks) as lead:
+                    return await self._work(_Visit(prompt, ticket, lead, listener, arrived))
+
+    async def _first(self, prompt: Prompt, ticket: Ticket) -> None:
+        """Until nobody else is reading what this prompt begins with."""
         try:
-            async with (
-                self.scheduler.admitted(self.engine.bytes_for(prompt.length)),
-                self._sequence(prompt) as sequence,
-            ):
-                waited = time.monotonic() - arrived
-                self.meter.observe(M.PREFILL_QUEUE_TIME, waited)
-                trace.record("queue", waited)
-                return await self._work(prompt, sequence, listener, counted)
-        finally:
-            counted.now(0)
+            async with asyncio.timeout(self.scheduler.queue_timeout_s):
+                await self.in_flight.clear(ticket, prompt.chain.blocks)
+        except TimeoutError as error:
+            raise OverloadedError(
+                "another request is reading the same prompt and did not get on in time",
+                retry_after_s=self.scheduler.retry_after_s,
+                reason="queue_timeout",
+            ) from error
 
     async def settle(self) -> None:
         """Until what cancelled requests left behind has been cleaned up."""
         await asyncio.gather(*self._cleanups, return_exceptions=True)
 
-    async def _work(
-        self, prompt: Prompt, sequence: PromptSequence, listener: Listener, counted: _Remaining
-    ) -> Outcome:
-        tokens = prompt.chain.tokens
-        restorer = Restorer(self.store, prompt.chain, prompt.restore_owner, prompt.lease_ttl_s)
-        begun = time.monotonic()
-        with trace.span("restore"):
-            position = await restorer.restore(sequence)
-            trace.note(restored_tokens=position)
-        self.meter.observe(M.RESTORE_TIME, time.monotonic() - begun)
-        for reason, missed in restorer.missed(position).items():
-            self.meter.add(M.PREFILL_MISSED, missed, reason=reason)
-        outcome = Outcome(cached_tokens=position)
-        counted.now(prompt.length - position)
-        await listener.started(position)
+    async def _work(self, visit: _Visit) -> Outcome:
+        """Read to the end; from rest to rest, if the scheduler sends the prompt to rest."""
+        prompt, outcome = visit.prompt, visit.outcome
         publisher = PromptPublisher(
             self.store,
             prompt.chain,
             owner=prompt.request_id,
             lease_ttl_s=prompt.lease_ttl_s,
-            on_progress=listener.progress,
+            on_progress=visit.progress,
             meter=self.meter,
         )
-        if position == prompt.length:
-            await publisher.repair(sequence, checked_by=prompt.restore_owner)
-            outcome.bytes_published = publisher.bytes_published
-            return outcome
-        chunks = await asyncio.to_thread(
-            plan_chunks,
-            prompt.length,
-            start=position,
-            chunk_tokens=self.chunk_tokens,
-            boundaries=(*prompt.boundaries, *restorer.forks(position)),
-        )
-        handover, waited = b"", 0.0
         async with publisher:
-            with trace.span("compute", tokens=prompt.length - position, chunks=len(chunks)):
-                for chunk in chunks:
-                    output = await sequence.compute(chunk, tokens[chunk.start : chunk.end])
-                    outcome.computed_tokens += chunk.end - chunk.start
-                    outcome.compute_s += output.seconds
-                    self.meter.observe(M.CHUNK_TIME, output.seconds)
-                    self.scheduler.measured(chunk.end - chunk.start, output.seconds)
-                    counted.now(prompt.length - chunk.end)
-                    handover = output.states[chunk.end]
-                    waited += await _seconds(publisher.add(output))
-            with trace.span("finish"):
-                waited += await _seconds(publisher.finish(sequence, handover))
-        self.meter.observe(M.PUBLISH_EXPOSED_TIME, waited)
+            while not await self._stay(visit, publisher):
+                # What it read is committed before it comes back for it.
+                visit.waited += await _seconds(publisher.settle())
+        self.meter.observe(M.PUBLISH_EXPOSED_TIME, visit.waited)
         outcome.bytes_published = publisher.bytes_published
         return outcome
 
+    async def _stay(self, visit: _Visit, publisher: PromptPublisher) -> bool:
+        """From a place to its end; False if that is not yet the prompt's end."""
+        prompt = visit.prompt
+        async with self.scheduler.place(visit.ticket), self._sequence(prompt) as sequence:
+            visit.came_in(self.meter)
+            restorer = Restorer(self.store, prompt.chain, prompt.restore_owner, prompt.lease_ttl_s)
+            begun = time.monotonic()
+            with trace.span("restore"):
+                position = await restorer.restore(sequence)
+                trace.note(restored_tokens=position)
+            self.meter.observe(M.RESTORE_TIME, time.monotonic() - begun)
+            visit.ticket.remaining = prompt.length - position
+            visit.lead.reached(position)
+            if not visit.started:
+                visit.started = True
+                visit.outcome.cached_tokens = position
+                for reason, missed in restorer.missed(position).items():
+                    self.meter.add(M.PREFILL_MISSED, missed, reason=reason)
+                await visit.listener.started(position)
+                if position == prompt.length:
+                    await publisher.repair(sequence, checked_by=prompt.restore_owner)
+                    return True
+            elif position == prompt.length:
+                await publisher.finish(sequence, await sequence.export_state())
+                return True
+            plan = await asyncio.to_thread(
+                ChunkPlan,
+                prompt.length,
+                start=position,
+                boundaries=(*prompt.boundaries, *restorer.forks(position)),
+            )
+            visit.lead.reads(plan)
+            return await self._read(visit, sequence, plan, publisher)
+
+    async def _read(
+        self,
+        visit: _Visit,
+        sequence: PromptSequence,
+        plan: ChunkPlan,
+        publisher: PromptPublisher,
+    ) -> bool:
+        """Chunk by chunk to the end; False if the prompt has to rest before."""
+        outcome, handover = visit.outcome, b""
+        reading = Reading(visit.ticket, sequence, visit.prompt.chain.tokens, plan)
+        try:
+            with trace.span("compute", tokens=plan.end - plan.position):
+                while (output := await self.steps.next(reading)) is not None:
+                    outcome.computed_tokens += output.chunk.end - output.chunk.start
+                    outcome.compute_s += output.seconds
+                    handover = output.states[output.chunk.end]
+                    visit.waited += await _seconds(publisher.add(output))
+        finally:
+            self.steps.leave(reading)
+        if not plan.is_done:
+            return False
+        with trace.span("finish"):
+            visit.waited += await _seconds(publisher.finish(sequence, handover))
+        return True
+
+    @asynccontextmanager
+    async def _leases(self, prompt: Prompt) -> AsyncIterator[None]:
+        """Drops what the request leased: all of it if the prompt failed, else what only the restore
+        needed; decode still needs what was published and releases that itself.
+        """
+        owners = [prompt.restore_owner, prompt.request_id]
+        try:
+            yield
+            owners = [prompt.restore_owner]
+        finally:
+            await self._cleaned(self._release(owners))
+
     @asynccontextmanager
     async def _sequence(self, prompt: Prompt) -> AsyncIterator[PromptSequence]:
-        """An open sequence; leaving gives it back, and drops the leases if the prompt failed."""
+        """An open sequence; leaving gives it back."""
         sequence = PromptSequence(self.engine, self.thread, capacity=prompt.length)
-        owners = [prompt.restore_owner, prompt.request_id]
         self.open_sequences += 1
         try:
             await sequence.open()
             yield sequence
-            # Decode still needs what was published; it releases the request's leases itself.
-            owners = [prompt.restore_owner]
         finally:
-            cleanup = asyncio.create_task(self._clean_up(sequence, owners))
-            self._cleanups.add(cleanup)
-            cleanup.add_done_callback(self._cleanups.discard)
-            # Memory counts as used until it is free, even if this task is cancelled once more.
-            await asyncio.shield(cleanup)
+            await self._cleaned(self._close(sequence))
 
-    async def _clean_up(self, sequence: PromptSequence, owners: list[str]) -> None:
+    async def _cleaned(self, work: Coroutine[None, None, None]) -> None:
+        """Memory counts as used until it is free, even if this task is cancelled once more."""
+        cleanup = asyncio.create_task(work)
+        self._cleanups.add(cleanup)
+        cleanup.add_done_callback(self._cleanups.discard)
+        await asyncio.shield(cleanup)
+
+    async def _close(self, sequence: PromptSequence) -> None:
         try:
             await sequence.release()
         finally:
             self.open_sequences -= 1
+
+    async def _release(self, owners: list[str]) -> None:
         for owner in owners:
             try:
                 await self.store.release(owner)
@@ -186,22 +249,32 @@ class PromptRunner:
                 _log.warning("leases of %s were not released: %s", owner, error.message)
 
 
+@dataclass
+class _Visit:
+    """One prompt's way through the worker."""
+
+    prompt: Prompt
+    ticket: Ticket
+    lead: Lead
+    listener: Listener
+    arrived: float
+    outcome: Outcome = field(default_factory=Outcome)
+    started: bool = False
+    waited: float = 0.0
+    """Seconds for the store while nothing could be read."""
+
+    def came_in(self, meter: Meter) -> None:
+        if not self.started:
+            waited = time.monotonic() - self.arrived
+            meter.observe(M.PREFILL_QUEUE_TIME, waited)
+            trace.record("queue", waited)
+
+    async def progress(self, position: int) -> None:
+        self.lead.reached(position)
+        await self.listener.progress(position)
+
+
 async def _seconds(work: Awaitable[None]) -> float:
     begun = time.monotonic()
     await work
     return time.monotonic() - begun
-
-
-@dataclass
-class _Remaining:
-    """One prompt's part of the scheduler's pending tokens."""
-
-    scheduler: PromptScheduler
-    tokens: int
-
-    def __post_init__(self) -> None:
-        self.scheduler.pending_tokens += self.tokens
-
-    def now(self, tokens: int) -> None:
-        self.scheduler.pending_tokens += tokens - self.tokens
-        self.tokens = tokens

@@ -6,14 +6,16 @@
 - Small prompts (one step's tokens) have an eighth of the memory and a quarter of the slots that
   large ones leave alone, so that a large one never keeps a small one out. Beyond that they queue
   with everybody, so that small ones never keep a large one out.
-- Who still finds no room may send others to rest: those of a worse class, and a small prompt also
-  large ones of its own. Who rests gives its memory back at a chunk border; the store has all that
+- Who still finds no room may send others to rest: those of a worse class; a small prompt also large
+  ones of its own; and a tenant of whom nobody has come in also one of a tenant who has several in.
+  Who rests gives its memory back at a chunk border; the store has all that
   it read, and it comes back to exactly there. Only who got on since it came in may be sent, and
   nobody who is overdue: so whatever comes in gets on.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -161,14 +163,17 @@ def _send(
     freed = len(on_their_way)
     small = books.room.is_small(claim)
 
+    staying = Counter(c.line.tenant for c in holding if c not in on_their_way)
+    alone = not any(c.line.tenant == claim.line.tenant for c in holding)
+
     def may_be_sent(other: Claim) -> bool:
         if other in on_their_way or not other.got_on or other.line.overdue(now_s, ageing_s):
             return False
+        worse = other.line.priority > claim.line.priority
         if books.room.is_small(other):
-            return other.line.priority > claim.line.priority and small
-        return other.line.priority > claim.line.priority or (
-            small and other.line.priority == claim.line.priority
-        )
+            return worse and small
+        several = alone and staying[other.line.tenant] > 1
+        return worse or (other.line.priority == claim.line.priority and (small or several))
 
     victims = sorted(
         (other for other in holding if may_be_sent(other)),
@@ -176,10 +181,13 @@ def _send(
     )
     chosen: list[Claim] = []
     while not books.fits(claim, freed_bytes, freed):
+        # Once one of a tenant is chosen, it may be that the next one is its last.
+        victims = [other for other in victims if may_be_sent(other)]
         if not victims:
             return []
         victim = victims.pop(0)
         chosen.append(victim)
+        staying[victim.line.tenant] -= 1
         freed_bytes += victim.size_bytes
         freed += 1
     return chosen

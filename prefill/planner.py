@@ -63,27 +63,59 @@ def retained_positions(prompt_tokens: int, boundaries: Iterable[int] = ()) -> tu
     return tuple(sorted(wanted))
 
 
-def plan_chunks(
-    prompt_tokens: int, *, start: int, chunk_tokens: int, boundaries: Sequence[int] = ()
-) -> tuple[Chunk, ...]:
-    """Chunks that cover [start, prompt_tokens) in order, each of at most `chunk_tokens`.
+class ChunkPlan:
+    """Cuts one prompt's chunks as they are granted, and knows which states to keep.
 
     A chunk ends at a block border where that costs no progress, so that its blocks are whole.
     """
+
+    def __init__(self, prompt_tokens: int, *, start: int, boundaries: Iterable[int] = ()) -> None:
+        if not 0 <= start <= prompt_tokens:
+            raise ValueError(f"start {start} is outside 0..{prompt_tokens}")
+        self.position = start
+        """Everything before has been given out."""
+        self.end = prompt_tokens
+        self.keep_ends = False
+        """Keep the state at each chunk's end too: others will need it if this prompt fails."""
+        self._retained = list(retained_positions(prompt_tokens, boundaries))
+
+    @property
+    def is_done(self) -> bool:
+        return self.position == self.end
+
+    def keep(self, position: int) -> None:
+        """A state is wanted there (rounded down to 128), if it is not too late."""
+        wanted = aligned(position)
+        index = bisect_right(self._retained, wanted)
+        known = index and self._retained[index - 1] == wanted
+        if self.position < wanted <= self.end and not known:
+            self._retained.insert(index, wanted)
+
+    def take(self, most: int) -> Chunk:
+        """The next chunk, of at most `most` tokens. Raises ValueError at the end."""
+        if most < 1 or self.is_done:
+            raise ValueError(f"no chunk of {most} tokens at {self.position} of {self.end}")
+        start, end = self.position, min(self.position + most, self.end)
+        border = end // BLOCK_TOKENS * BLOCK_TOKENS
+        if end < self.end and border > start:
+            end = border
+        if self.keep_ends:
+            self.keep(end)
+        first, last = bisect_right(self._retained, start), bisect_right(self._retained, end)
+        self.position = end
+        return Chunk(start, end, tuple(self._retained[first:last]))
+
+
+def plan_chunks(
+    prompt_tokens: int, *, start: int, chunk_tokens: int, boundaries: Sequence[int] = ()
+) -> tuple[Chunk, ...]:
+    """Chunks that cover [start, prompt_tokens) in order, each of at most `chunk_tokens`."""
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, not {chunk_tokens}")
-    if not 0 <= start <= prompt_tokens:
-        raise ValueError(f"start {start} is outside 0..{prompt_tokens}")
-    retained = retained_positions(prompt_tokens, boundaries)
+    plan = ChunkPlan(prompt_tokens, start=start, boundaries=boundaries)
     chunks = []
-    while start < prompt_tokens:
-        end = min(start + chunk_tokens, prompt_tokens)
-        border = end // BLOCK_TOKENS * BLOCK_TOKENS
-        if end < prompt_tokens and border > start:
-            end = border
-        inside = retained[bisect_right(retained, start) : bisect_right(retained, end)]
-        chunks.append(Chunk(start, end, inside))
-        start = end
+    while not plan.is_done:
+        chunks.append(plan.take(chunk_tokens))
     return tuple(chunks)
 
 

@@ -99,6 +99,17 @@ class PromptPublisher:
         finally:
             putting.cancel()
 
+    async def settle(self) -> None:
+        """Until all that was handed over so far is committed. Raises the failure of publishing."""
+        assert self._task is not None, "the publisher has not been entered"
+        joining = asyncio.create_task(self._queue.join())
+        try:
+            await asyncio.wait({joining, self._task}, return_when=asyncio.FIRST_COMPLETED)
+            if self._task.done():
+                self._task.result()
+        finally:
+            joining.cancel()
+
     async def finish(self, sequence: Exporting, handover: bytes) -> None:
         """Wait for all chunks, see that every block is there, then commit the hand-over state."""
         assert self._task is not None, "the publisher has not been entered"
@@ -145,6 +156,7 @@ class PromptPublisher:
     async def _run(self) -> None:
         while (output := await self._queue.get()) is not None:
             await self._publish(output)
+            self._queue.task_done()
 
     async def _publish(self, output: ChunkOutput) -> None:
         chunk, end = output.chunk, output.chunk.end

@@ -18,10 +18,8 @@ T = TypeVar("T")
 
 
 class ModelThread:
-    """The one thread that drives an engine. Work runs in the order of submission.
-
-    Each request has at most one piece of work in the line, so the line itself is a round-robin: a
-    new request waits for at most one piece of each other one.
+    """The one thread that drives an engine. Work runs in the order of submission: the worker's
+    steps one by one, between them short pieces of attaching and exporting.
     """
 
     def __init__(self, name: str) -> None:
@@ -44,7 +42,16 @@ class ChunkOutput:
     blocks: tuple[bytes, ...]
     states: dict[int, bytes]
     seconds: float
-    """Time in the model."""
+    """Its share of the step's time in the model, by tokens."""
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What one step reads of one prompt."""
+
+    sequence: PromptSequence
+    chunk: Chunk
+    tokens: Sequence[int]
 
 
 class PromptSequence:
@@ -69,9 +76,6 @@ class PromptSequence:
 
     async def load_state(self, position: int, payload: Buffer) -> None:
         await self._thread.run(self._load_state, position, payload)
-
-    async def compute(self, chunk: Chunk, tokens: Sequence[int]) -> ChunkOutput:
-        return await self._thread.run(self._compute, chunk, tokens)
 
     async def export_blocks(self, indices: Sequence[int]) -> list[bytes]:
         return await self._thread.run(self._export_blocks, indices)
@@ -109,14 +113,27 @@ class PromptSequence:
     def _load_state(self, position: int, payload: Buffer) -> None:
         self._engine.load_state(self._live, position, payload)
 
-    def _compute(self, chunk: Chunk, tokens: Sequence[int]) -> ChunkOutput:
-        begun = time.perf_counter()
-        (result,) = self._engine.forward([Segment(self._live, tokens, chunk.states_at)])
-        seconds = time.perf_counter() - begun
-        return ChunkOutput(chunk, tuple(self._export_blocks(chunk.blocks)), result.states, seconds)
-
     def _export_blocks(self, indices: Sequence[int]) -> list[bytes]:
         return [self._engine.export_block(self._live, index) for index in indices]
 
     def _export_state(self) -> bytes:
         return self._engine.export_state(self._live)
+
+
+def compute_step(engine: Engine, work: Sequence[StepWork]) -> list[ChunkOutput]:
+    """On the model thread: one forward for all of `work`, then what each of them completed."""
+    begun = time.perf_counter()
+    results = engine.forward(
+        [Segment(item.sequence._live, item.tokens, item.chunk.states_at) for item in work]
+    )
+    seconds = time.perf_counter() - begun
+    tokens = sum(len(item.tokens) for item in work)
+    return [
+        ChunkOutput(
+            item.chunk,
+            tuple(item.sequence._export_blocks(item.chunk.blocks)),
+            result.states,
+            seconds * len(item.tokens) / tokens,
+        )
+        for item, result in zip(work, results, strict=True)
+    ]

@@ -26,6 +26,7 @@ from penstock.rpc import (
     Write,
     check_fingerprint,
     check_tokens,
+    priority_of,
     reachable,
     unary_stream,
 )
@@ -108,12 +109,11 @@ class PrefillWorker:
             max_running=spec.max_running,
             max_queued=spec.max_queued,
             queue_timeout_s=spec.queue_timeout_s,
+            chunk_tokens=spec.chunk_tokens,
         )
         self._engine = engine
         self._thread = ModelThread("prefill-model")
-        self.runner = PromptRunner(
-            engine, self._thread, store, self.scheduler, spec.chunk_tokens, self.meters
-        )
+        self.runner = PromptRunner(engine, self._thread, store, self.scheduler, self.meters)
         self._host = WorkerHost(
             spec,
             SERVICE,
@@ -230,7 +230,15 @@ class PrefillWorker:
             )
         chain = Chain.start(info.fingerprint, asked.namespace).extend(tokens)
         lease_ttl_s = request.lease_ttl_ms / 1e3 or self.spec.lease_ttl_s
-        return Prompt(asked.request_id, chain, tuple(request.boundaries), lease_ttl_s)
+        return Prompt(
+            asked.request_id,
+            chain,
+            tuple(request.boundaries),
+            lease_ttl_s,
+            tenant=asked.tenant,
+            priority=priority_of(asked.priority),
+            most_wait_s=request.most_wait_ms / 1e3 if request.HasField("most_wait_ms") else None,
+        )
 
     def _count(self, outcome: Outcome) -> None:
         self.counters["prefill_computed_tokens_total"] += outcome.computed_tokens

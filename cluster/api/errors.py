@@ -41,20 +41,24 @@ class ForbiddenValueError(InvalidRequestError):
 
 
 def body(error: PenstockError) -> dict[str, Any]:
-    return {
-        "error": {
-            "message": error.message,
-            "type": error.openai_type,
-            "param": error.param,
-            "code": error.code,
-        }
+    """OpenAI's body; `reason` is ours and stands where there was no room (docs/limits.md)."""
+    told = {
+        "message": error.message,
+        "type": error.openai_type,
+        "param": error.param,
+        "code": error.code,
     }
+    if error.reason is not None:
+        told["reason"] = error.reason
+    return {"error": told}
 
 
 def response(error: PenstockError) -> Response:
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if error.reason is not None:
+        headers["X-Penstock-Reason"] = error.reason
     if error.http_status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(

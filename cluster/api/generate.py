@@ -20,13 +20,14 @@ from cluster.api.parts import AnswerParts
 from cluster.api.records import TokenRecord
 from cluster.api.render import ChatRender, Render, TextRender
 from cluster.api.schema import ChatBody, CompletionBody, Generation
+from cluster.api.scope import INSIDE
 from cluster.api.state import ApiState
 from cluster.api.structure import grammar_of
 from cluster.contracts import ServedModel
 from penstock import request as nouns
 from penstock.chat import Encoded
 from penstock.errors import ContextLengthError, InvalidRequestError
-from penstock.identity import namespace
+from penstock.identity import namespace, tenant_tag
 from penstock.telemetry import logs, trace
 
 router = APIRouter()
@@ -106,18 +107,30 @@ def _text_prompt(prompt: str | list[int], state: ApiState, body: Any) -> Prompt:
     return Prompt(Encoded(ids, ()), (text,), text if body.echo else "")
 
 
+@dataclass(frozen=True)
+class Owner:
+    """Whose request it is and how urgent."""
+
+    namespace: bytes
+    tenant: bytes
+    priority: nouns.Priority
+
+
 async def _answer(http: Request, kind: type[_Chat] | type[_Text]) -> Response:
     started_s = time.monotonic()
     state = state_of(http)
     tenant: str = http.scope["penstock.tenant"]
+    # A line of a batch has time.
+    otherwise = nouns.Priority.BATCH if INSIDE in http.scope else nouns.Priority.NORMAL
     place = state.take_stream()
     try:
         raw = await read_body(http, state.config.max_body_bytes)
         # The text is parsed where it is encoded: tens of megabytes must not stop the event loop.
-        prompts, body, scope = await state.encode(_prepare(raw, kind, state, tenant), len(raw))
+        work = _prepare(raw, kind, state, tenant, otherwise)
+        prompts, body, owner = await state.encode(work, len(raw))
         model = await state.model(body.model)
         place.widen(len(prompts) * (body.n or 1))
-        answer = _plan(body, prompts, scope, model, kind, state, started_s)
+        answer = _plan(body, prompts, owner, model, kind, state, started_s)
     except BaseException:
         place.leave()
         raise
@@ -125,15 +138,20 @@ async def _answer(http: Request, kind: type[_Chat] | type[_Text]) -> Response:
 
 
 def _prepare(
-    raw: bytes, kind: type[_Chat] | type[_Text], state: ApiState, tenant: str
-) -> Callable[[], tuple[list[Prompt], Generation, bytes]]:
-    def work() -> tuple[list[Prompt], Generation, bytes]:
+    raw: bytes,
+    kind: type[_Chat] | type[_Text],
+    state: ApiState,
+    tenant: str,
+    otherwise: nouns.Priority,
+) -> Callable[[], tuple[list[Prompt], Generation, Owner]]:
+    def work() -> tuple[list[Prompt], Generation, Owner]:
         body = parse(kind.schema, raw)
-        scope = namespace(state.config.cluster_key_bytes, tenant, body.cache_salt or "")
+        key = state.config.cluster_key_bytes
+        scope = namespace(key, tenant, body.cache_salt or "")
         prompts = kind.encode(body, state, scope)
         if body.evidence and state.has_tokenizer:
             prompts = [_placed(prompt, state) for prompt in prompts]
-        return prompts, body, scope
+        return prompts, body, Owner(scope, tenant_tag(key, tenant), body.urgency(otherwise))
 
     return work
 
@@ -146,7 +164,7 @@ def _placed(prompt: Prompt, state: ApiState) -> Prompt:
 def _plan(
     body: Generation,
     prompts: Sequence[Prompt],
-    scope: bytes,
+    owner: Owner,
     model: ServedModel,
     kind: type[_Chat] | type[_Text],
     state: ApiState,
@@ -156,7 +174,7 @@ def _plan(
     answer_id = kind.id_prefix + secrets.token_hex(16)
     choices: list[Choice] = []
     for prompt in prompts:
-        choices += _choices(body, prompt, scope, model, kind, state, answer_id, len(choices))
+        choices += _choices(body, prompt, owner, model, kind, state, answer_id, len(choices))
     trace.note(gen_ai__request__model=model.name, gen_ai__response__id=answer_id)
     logs.remember(answer_id=answer_id)
     return Answer(
@@ -185,7 +203,7 @@ def _plan(
 def _choices(
     body: Generation,
     prompt: Prompt,
-    scope: bytes,
+    owner: Owner,
     model: ServedModel,
     kind: type[_Chat] | type[_Text],
     state: ApiState,
@@ -217,7 +235,7 @@ def _choices(
                 # choose it.
                 request_id=f"{answer_id}-{first + number}" if first + number else answer_id,
                 token_ids=ids,
-                namespace=scope,
+                namespace=owner.namespace,
                 sampling=replace(sampling, choice=number),
                 stop=stop,
                 boundaries=encoded.boundaries,
@@ -225,6 +243,8 @@ def _choices(
                 logits_digest=bool(body.logits_digest),
                 top_logprobs=logprobs,
                 grammar=prompt.grammar,
+                tenant=owner.tenant,
+                priority=owner.priority,
             ),
             evidence=(
                 EvidenceText(tokenizer, ids, prompt.placed, names_message=kind is _Chat)

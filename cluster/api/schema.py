@@ -14,7 +14,7 @@ from cluster.api import fields
 from cluster.api.errors import ForbiddenValueError
 from penstock.chat import ChatOptions
 from penstock.errors import InvalidRequestError
-from penstock.request import MOST_TOP_LOGPROBS, Sampling, StopRule
+from penstock.request import MOST_TOP_LOGPROBS, Priority, Sampling, StopRule
 
 MOST_CHOICES = 128
 LONGEST_SALT = 256
@@ -55,8 +55,10 @@ class Generation(Body):
     """Extension: a digest of the logits that each token was drawn from, and the token ids."""
     cache_salt: Annotated[str, Field(max_length=LONGEST_SALT)] | None = None
     """Extension: cached prefixes are shared only between requests of the same salt."""
-    priority: int | None = None
-    """Extension: accepted; every request has the same priority for now."""
+    priority: int | Literal["interactive", "normal", "batch"] | None = None
+    """Extension: who goes first where work has to wait. A number is vLLM's: below 0 interactive,
+    above 0 batch.
+    """
     user: Annotated[str, Field(max_length=512)] | None = None
     frequency_penalty: Fraction | None = None
     presence_penalty: Fraction | None = None
@@ -116,6 +118,15 @@ class Generation(Body):
             presence_penalty=self.presence_penalty or 0.0,
             logit_bias=_bias(self.logit_bias or {}),
         )
+
+    def urgency(self, otherwise: Priority) -> Priority:
+        """The class that was asked for, or `otherwise`."""
+        if self.priority is None:
+            return otherwise
+        if isinstance(self.priority, str):
+            return Priority[self.priority.upper()]
+        classes = Priority.INTERACTIVE, Priority.NORMAL, Priority.BATCH
+        return classes[(self.priority >= 0) + (self.priority > 0)]
 
     @property
     def asked_logprobs(self) -> int | None:
@@ -256,6 +267,15 @@ class ChatBody(Generation, Conversation):
         _check_top("top_logprobs", self.top_logprobs)
         return self
 
+    def urgency(self, otherwise: Priority) -> Priority:
+        """The class that was asked for, or `otherwise`."""
+        if self.priority is None:
+            return otherwise
+        if isinstance(self.priority, str):
+            return Priority[self.priority.upper()]
+        classes = Priority.INTERACTIVE, Priority.NORMAL, Priority.BATCH
+        return classes[(self.priority >= 0) + (self.priority > 0)]
+
     @property
     def asked_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -288,6 +308,15 @@ class CompletionBody(Generation):
                 param="echo",
             )
         return self
+
+    def urgency(self, otherwise: Priority) -> Priority:
+        """The class that was asked for, or `otherwise`."""
+        if self.priority is None:
+            return otherwise
+        if isinstance(self.priority, str):
+            return Priority[self.priority.upper()]
+        classes = Priority.INTERACTIVE, Priority.NORMAL, Priority.BATCH
+        return classes[(self.priority >= 0) + (self.priority > 0)]
 
     @property
     def asked_logprobs(self) -> int | None:

@@ -21,8 +21,8 @@ from penstock.errors import (
     RateLimitError,
     UnavailableError,
 )
-from penstock.identity import namespace
-from penstock.request import Finish, Progress, Request, TokenChunk, Usage
+from penstock.identity import namespace, tenant_tag
+from penstock.request import Finish, Priority, Progress, Request, TokenChunk, Usage
 
 _ADMISSION_TRIES = 20
 _ADMISSION_PAUSE_S = 0.25
@@ -95,6 +95,8 @@ class Questions:
             sampling=self.spec.sampling(),
             stop=self.spec.stop_rule(min(wanted, room)),
             boundaries=_with(encoded.boundaries, self.document_end),
+            tenant=tenant_tag(around.front.cluster_key_bytes, self.tenant),
+            priority=Priority.BATCH,
         )
         admission = await self._admitted()
         try:

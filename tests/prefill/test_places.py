@@ -163,3 +163,13 @@ def test_small_ones_do_not_keep_a_large_one_out_for_ever() -> None:
             came += 1
     print(f"the large prompt came in after {entered_after} rounds beside {came} small ones")
     assert entered_after is not None and entered_after <= 30
+
+
+def test_a_tenant_that_fills_the_worker_makes_room_for_another_one_s_first() -> None:
+    much = [claim(key, 200) for key in range(3)]
+    other = Claim(Line(9, b"b", Priority.NORMAL, 300, 0.0), 300)
+    moves = plan_places([other], much, ROOM, {}, now_s=1.0)
+    assert moves.rest and len(moves.rest) < 3
+    second = Claim(Line(10, b"b", Priority.NORMAL, 700, 0.0), 700)
+    held = [claim(1, 200), Claim(other.line, 300, got_on=True)]
+    assert plan_places([second], held, ROOM, {}, now_s=1.0) == Moves(), "each has one"

@@ -288,6 +288,18 @@ async def _cache_salt(api: Api, endpoint: str, sent: Any) -> None:
     assert first == last != plain_one
 
 
+@checks("priority", "chat", "text")
+async def _priority(api: Api, endpoint: str, sent: Any) -> None:
+    for value in (sent, "normal", "batch", -1, 0, 7, None):
+        assert texts(await ask(api, endpoint, priority=value)) == [await plain(api, endpoint)]
+    classes = [int(r.priority) for r in api.service.requests[::2]]
+    assert classes == [0, 1, 2, 0, 1, 2, 1]
+    assert (await ask(api, endpoint, priority="soon")).status_code == 400
+    # An opaque tag, the same for all salts.
+    (tag,) = {r.tenant for r in api.service.requests}
+    assert len(tag) == 16
+
+
 @checks("logits_digest", "chat", "text")
 async def _logits_digest(api: Api, endpoint: str, sent: Any) -> None:
     choice = (await ask(api, endpoint, logits_digest=sent)).json()["choices"][0]

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -18,6 +19,28 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """As normal."""
+    PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
+    PRIORITY_NORMAL: _Priority.ValueType  # 2
+    PRIORITY_BATCH: _Priority.ValueType  # 3
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """Who goes first where work has to wait. Ageing keeps every class moving."""
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""As normal."""
+PRIORITY_INTERACTIVE: Priority.ValueType  # 1
+PRIORITY_NORMAL: Priority.ValueType  # 2
+PRIORITY_BATCH: Priority.ValueType  # 3
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
+
 @_typing.final
 class Prompt(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -26,11 +49,16 @@ class Prompt(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     NAMESPACE_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     namespace: _builtins.bytes
     """HMAC namespace of tenant and cache salt, 32 bytes."""
     fingerprint: _builtins.bytes
     """The writer's and the reader's fingerprint must be this one."""
+    tenant: _builtins.bytes
+    """Whose share of a worker it uses: an opaque tag, never a name or a key."""
+    priority: Global___Priority.ValueType
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Packed by proto3."""
@@ -42,10 +70,12 @@ class Prompt(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         namespace: _builtins.bytes = ...,
         fingerprint: _builtins.bytes = ...,
+        tenant: _builtins.bytes = ...,
+        priority: Global___Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "namespace", b"namespace", "request_id", b"request_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "namespace", b"namespace", "priority", b"priority", "request_id", b"request_id", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -58,7 +88,10 @@ class PrefillRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     BOUNDARIES_FIELD_NUMBER: _builtins.int
     LEASE_TTL_MS_FIELD_NUMBER: _builtins.int
+    MOST_WAIT_MS_FIELD_NUMBER: _builtins.int
     lease_ttl_ms: _builtins.int
+    most_wait_ms: _builtins.int
+    """Refuse it at once if the line is predicted to take longer; unset: never."""
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
@@ -71,12 +104,15 @@ class PrefillRequest(_message.Message):
         prompt: Global___Prompt | None = ...,
         boundaries: _abc.Iterable[_builtins.int] | None = ...,
         lease_ttl_ms: _builtins.int = ...,
+        most_wait_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_most_wait_ms", b"_most_wait_ms", "most_wait_ms", b"most_wait_ms", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boundaries", b"boundaries", "lease_ttl_ms", b"lease_ttl_ms", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_most_wait_ms", b"_most_wait_ms", "boundaries", b"boundaries", "lease_ttl_ms", b"lease_ttl_ms", "most_wait_ms", b"most_wait_ms", "prompt", b"prompt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__most_wait_ms: _TypeAlias = _typing.Literal["most_wait_ms"]  # noqa: Y015
+    _WhichOneofArgType__most_wait_ms: _TypeAlias = _typing.Literal["_most_wait_ms", b"_most_wait_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__most_wait_ms) -> _WhichOneofReturnType__most_wait_ms | None: ...
 
 Global___PrefillRequest: _TypeAlias = PrefillRequest  # noqa: Y015
 
