@@ -87,6 +87,10 @@ class FrontSection(Section):
     """
     request_timeout_s: float = Field(default=3600.0, gt=0)
     admission_timeout_s: float = Field(default=30.0, gt=0)
+    """Longest wait for a place at a decode worker; refused at once if it is predicted to be longer.
+    """
+    max_prefill_wait_s: float = Field(default=600.0, gt=0)
+    """A prompt is refused at once if its prefill worker predicts a longer line in front of it."""
     encode_threads: int = Field(default=2, ge=1)
 
     @model_validator(mode="after")
@@ -146,6 +150,8 @@ class DecodeSection(Section):
     replicas: int = Field(default=1, ge=1)
     max_running: int = Field(default=16, ge=1)
     max_queued: int = Field(default=256, ge=0)
+    grant_ttl_s: float = Field(default=120.0, gt=0)
+    """A place that no prefill worker has begun to fill after so long goes to the next request."""
     kv_memory_bytes: Size = Field(default=1 << 30, ge=1 << 16)
 
 

@@ -48,6 +48,7 @@ def open_service(spec: FrontSpec, *, hold: Hold = no_hold) -> Flow:
             CallLimits(
                 request_timeout_s=front.request_timeout_s,
                 admission_timeout_s=front.admission_timeout_s,
+                max_prefill_wait_s=front.max_prefill_wait_s,
             ),
             peers,
         ),

@@ -131,6 +131,10 @@ REQUEST = (
           "test_an_answer_longer_than_any_evidence_is_not_kept_in_memory", "tokens"),
     Limit("time for a place at a decode worker", "front.admission_timeout_s", "429 `overloaded`",
           "tests/decode/test_trouble.py::test_waiting_for_credit_in_vain_is_an_overload", "s"),
+    Limit("a predicted line at a prefill worker", "front.max_prefill_wait_s",
+          "429 `overloaded`, reason `predicted_wait`",
+          "tests/prefill/test_fair_worker.py::"
+          "test_a_wait_that_is_predicted_to_be_too_long_is_refused_at_once", "s"),
     Limit("time for a request", "front.request_timeout_s", "504 `deadline_exceeded`",
           "tests/cluster/api/test_chat_api.py::test_the_deadline_ends_a_request", "s"),
 )  # fmt: skip
@@ -142,6 +146,9 @@ INSIDE = (
     Limit("requests that wait at a prefill worker", "prefill.max_queued", "429 `overloaded`",
           "tests/prefill/test_prefill_worker.py::"
           "test_a_full_line_is_refused_with_a_time_to_come_back"),
+    Limit("a place at a decode worker that nobody fills", "decode.grant_ttl_s",
+          "429 `overloaded`, reason `grant_expired`",
+          "tests/decode/test_trouble.py::test_a_grant_that_nobody_uses_goes_to_the_next", "s"),
     Limit("the store's memory", "kvstore.memory_bytes", "oldest unleased objects go",
           "tests/kvstore/test_policy.py::"
           "test_victims_are_idle_enough_and_never_more_than_needed", "bytes"),

@@ -41,6 +41,7 @@ class CallLimits:
 
     request_timeout_s: float = 3600.0
     admission_timeout_s: float = 30.0
+    max_prefill_wait_s: float = 600.0
     lease_ttl_s: float = 30.0
 
 
@@ -77,6 +78,7 @@ class WorkerCalls:
                 prompt=_prompt(request, worker),
                 boundaries=request.boundaries,
                 lease_ttl_ms=int(self._limits.lease_ttl_s * 1e3),
+                most_wait_ms=int(self._limits.max_prefill_wait_s * 1e3),
             ),
             timeout=self._limits.request_timeout_s,
         )

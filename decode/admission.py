@@ -1,37 +1,40 @@
-"""Credits: cache memory and slots that a request holds before any prefill starts for it.
-
-First come, first served: a large request at the head is not overtaken, so nothing starves.
-"""
+"""Credits on an event loop: `decode.credits` decides, here requests wait for what it decides."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from penstock.blocks import BLOCK_TOKENS
+from decode.credits import Ask, Credits, Need
 from penstock.errors import ContextLengthError, OverloadedError
+from penstock.request import Priority
 
+__all__ = ["Admission", "Credit", "Need"]
 
-@dataclass(frozen=True)
-class Need:
-    """What a request must hold."""
-
-    tokens: int
-    """Context that it may grow to."""
-    size_bytes: int
-
-    @property
-    def pages(self) -> int:
-        return -(-self.tokens // BLOCK_TOKENS)
+_SENTENCES = {
+    "queue_full": "{queued} requests are waiting for this decode worker already",
+    "predicted_wait": "the request would wait about {wait_s:.1f} s for this decode worker, more "
+    "than {patience_s:.1f} s",
+}
 
 
 @dataclass(eq=False)
-class _Waiter:
+class Credit:
+    """One request's memory and slot, from the grant on."""
+
+    key: int
     need: Need
-    granted: asyncio.Future[None]
+    _admission: Admission
+    _on_use: Callable[[], None]
+
+    def use(self) -> None:
+        """Work for it has begun: the grant does not expire any more. May be called again."""
+        self._on_use()
+        self._admission.used(self.key)
 
 
 @dataclass
@@ -41,27 +44,62 @@ class Admission:
     capacity_bytes: int
     max_running: int
     max_queued: int
-    reserved_bytes: int = 0
-    running: int = 0
-    pages: int = 0
-    tokens: int = 0
-    _waiting: deque[_Waiter] = field(default_factory=deque)
+    grant_ttl_s: float | None = None
+    """A credit that nobody uses for so long returns; None: never."""
+    clock: Callable[[], float] = time.monotonic
+    _credits: Credits = field(init=False)
+    _granting: dict[int, asyncio.Future[None]] = field(default_factory=dict)
+    _keys: Iterator[int] = field(default_factory=itertools.count)
+
+    def __post_init__(self) -> None:
+        ttl_s = float("inf") if self.grant_ttl_s is None else self.grant_ttl_s
+        self._credits = Credits(self.capacity_bytes, self.max_running, self.max_queued, ttl_s)
+
+    @property
+    def reserved_bytes(self) -> int:
+        return self._credits.reserved_bytes
+
+    @property
+    def running(self) -> int:
+        return self._credits.running
 
     @property
     def queued(self) -> int:
-        return len(self._waiting)
+        return self._credits.queued
+
+    @property
+    def pages(self) -> int:
+        return self._credits.pages
+
+    @property
+    def tokens(self) -> int:
+        return self._credits.tokens
+
+    @property
+    def predicted_wait_s(self) -> float:
+        """For whoever came now, of the worst class."""
+        return self._credits.predicted_wait_s()
 
     @property
     def retry_after_s(self) -> float:
         """The line moves by requests ending: the longer it is, the later to come back."""
-        return min(1.0 + self.queued / self.max_running, 30.0)
+        guess = 1.0 + self.queued / self.max_running
+        return min(max(guess, self.predicted_wait_s / 2), 30.0)
 
     @asynccontextmanager
-    async def reserved(self, need: Need, *, timeout_s: float) -> AsyncIterator[None]:
+    async def reserved(
+        self,
+        need: Need,
+        *,
+        timeout_s: float,
+        priority: Priority = Priority.NORMAL,
+        tenant: bytes = b"",
+    ) -> AsyncIterator[Credit]:
         """Memory and a slot while the block runs.
 
-        Raises ContextLengthError at once for a request that no empty worker could hold,
-        OverloadedError if the line is full or `timeout_s` was not enough.
+        Raises ContextLengthError at once for a request that no empty worker could hold, and
+        OverloadedError: at once if the line is full or predicted to take longer than `timeout_s`,
+        else if that was not enough, or if the grant was not used in time.
         """
         if need.size_bytes > self.capacity_bytes:
             raise ContextLengthError(
@@ -69,61 +107,56 @@ class Admission:
                 f"has {self.capacity_bytes}; lower max_tokens or raise decode.kv_memory_bytes",
                 param="max_tokens",
             )
-        if self._waiting or not self._fits(need):
-            await self._wait(need, timeout_s)
-        else:
-            self._take(need)
+        key = next(self._keys)
         try:
-            yield
+            await self._wait(Ask(key, need, priority, tenant, timeout_s), timeout_s)
+            try:
+                async with asyncio.timeout(self.grant_ttl_s) as unused:
+                    yield Credit(key, need, self, lambda: unused.reschedule(None))
+            except TimeoutError as error:
+                if not unused.expired():
+                    raise
+                self._credits.expire(self.clock())
+                raise OverloadedError(
+                    f"no prefill worker began this prompt within {self.grant_ttl_s or 0:.0f} s: "
+                    "its place went to the next request",
+                    retry_after_s=self.retry_after_s,
+                    reason="grant_expired",
+                ) from error
         finally:
-            self._give_back(need)
+            self._granting.pop(key, None)
+            self._credits.give_back(key, self.clock())
+            self._hear()
 
-    async def _wait(self, need: Need, timeout_s: float) -> None:
-        if self.queued >= self.max_queued:
+    def used(self, key: int) -> None:
+        self._credits.use(key, self.clock())
+        self._hear()
+
+    async def _wait(self, ask: Ask, timeout_s: float) -> None:
+        granted = self._granting[ask.key] = asyncio.get_running_loop().create_future()
+        refusal = self._credits.ask(ask, self.clock())
+        if refusal is not None:
             raise OverloadedError(
-                f"{self.queued} requests are waiting for this decode worker already",
-                retry_after_s=self.retry_after_s,
+                _SENTENCES[refusal.reason].format(
+                    queued=self.queued, wait_s=refusal.wait_s, patience_s=timeout_s
+                ),
+                retry_after_s=refusal.retry_after_s,
+                reason=refusal.reason,
             )
-        waiter = _Waiter(need, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiter)
+        self._hear()
         try:
             async with asyncio.timeout(timeout_s):
-                await waiter.granted
-        except (asyncio.CancelledError, TimeoutError) as error:
-            if waiter in self._waiting:
-                self._waiting.remove(waiter)
-                self._admit()
-            elif not waiter.granted.cancelled():
-                # Granted in the very moment in which the caller gave up.
-                self._give_back(need)
-            if isinstance(error, TimeoutError):
-                raise OverloadedError(
-                    f"no cache memory became free within {timeout_s:.1f} s",
-                    retry_after_s=self.retry_after_s,
-                ) from error
-            raise
+                await granted
+        except TimeoutError as error:
+            raise OverloadedError(
+                f"no cache memory became free within {timeout_s:.1f} s",
+                retry_after_s=self.retry_after_s,
+                reason="queue_timeout",
+            ) from error
 
-    def _fits(self, need: Need) -> bool:
-        room = self.reserved_bytes + need.size_bytes <= self.capacity_bytes
-        return room and self.running < self.max_running
-
-    def _take(self, need: Need) -> None:
-        self.reserved_bytes += need.size_bytes
-        self.running += 1
-        self.pages += need.pages
-        self.tokens += need.tokens
-
-    def _give_back(self, need: Need) -> None:
-        self.reserved_bytes -= need.size_bytes
-        self.running -= 1
-        self.pages -= need.pages
-        self.tokens -= need.tokens
-        self._admit()
-
-    def _admit(self) -> None:
-        while self._waiting and self._fits(self._waiting[0].need):
-            waiter = self._waiting.popleft()
-            # A waiter that was cancelled leaves the line only when its task runs again.
-            if not waiter.granted.cancelled():
-                self._take(waiter.need)
-                waiter.granted.set_result(None)
+    def _hear(self) -> None:
+        for key in self._credits.take_news().granted:
+            granted = self._granting.get(key)
+            # One that was cancelled in this moment gives back what it got when its task runs.
+            if granted is not None and not granted.done():
+                granted.set_result(None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
@@ -33,6 +33,21 @@ class Loading(Protocol):
     def load_block(self, index: int, payload: Buffer) -> asyncio.Future[None]: ...
 
     async def load_state(self, position: int, payload: Buffer) -> None: ...
+
+
+class Used:
+    """`Loading` that tells when the first piece comes: somebody has begun to read the prompt."""
+
+    def __init__(self, inner: Loading, on_first: Callable[[], None]) -> None:
+        self._inner, self._on_first = inner, on_first
+
+    def load_block(self, index: int, payload: Buffer) -> asyncio.Future[None]:
+        self._on_first()
+        return self._inner.load_block(index, payload)
+
+    async def load_state(self, position: int, payload: Buffer) -> None:
+        self._on_first()
+        await self._inner.load_state(position, payload)
 
 
 async def attach_prompt(

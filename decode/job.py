@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from decode.admission import Admission, Need
-from decode.attach import attach_prompt
+from decode.admission import Admission, Credit, Need
+from decode.attach import Used, attach_prompt
 from decode.batch import Batch
 from decode.detokenize import DecodeBytes
 from decode.grammar import Constraint
@@ -23,7 +23,7 @@ from kvstore.contracts import BlockStore
 from model.engine import Engine
 from penstock.errors import DeadlineError, PenstockError
 from penstock.identity import Chain
-from penstock.request import Sampling, StopRule
+from penstock.request import Priority, Sampling, StopRule
 from penstock.telemetry import catalog as M
 from penstock.telemetry import trace
 from penstock.telemetry.meters import NO_METER, Meter
@@ -50,6 +50,8 @@ class Order:
     admission_timeout_s: float
     lease_ttl_s: float
     constraint: Constraint | None = None
+    tenant: bytes = b""
+    priority: Priority = Priority.NORMAL
 
     @property
     def prompt_tokens(self) -> int:
@@ -94,14 +96,19 @@ class AnswerRunner:
         arrived = time.monotonic()
         need = Need(order.capacity, self.engine.bytes_for(order.capacity))
         async with (
-            self.admission.reserved(need, timeout_s=order.admission_timeout_s),
+            self.admission.reserved(
+                need,
+                timeout_s=order.admission_timeout_s,
+                priority=order.priority,
+                tenant=order.tenant,
+            ) as credit,
             self._held(order) as held,
         ):
             self.meter.add(M.EVIDENCE_REQUESTS, order.wishes.evidence)
             trace.record("reserve", time.monotonic() - arrived, reserved_bytes=need.size_bytes)
             await listener.granted(need)
             with trace.span("attach", prompt_tokens=order.prompt_tokens):
-                await self._attach(order, held.sequence)
+                await self._attach(order, held.sequence, credit)
             stream = held.join(Output(order.rule, self.engine.info.eos_token_ids, held.text))
             index = 0
             with trace.span("generate"):
@@ -119,14 +126,14 @@ class AnswerRunner:
         """Until what ended requests left behind has been cleaned up."""
         await asyncio.gather(*self._cleanups, return_exceptions=True)
 
-    async def _attach(self, order: Order, sequence: HeldSequence) -> None:
+    async def _attach(self, order: Order, sequence: HeldSequence, credit: Credit) -> None:
         begun = time.monotonic()
         try:
             async with asyncio.timeout(order.prefill_timeout_s):
                 await attach_prompt(
                     self.store,
                     order.chain,
-                    sequence,
+                    Used(sequence, credit.use),
                     owner=order.request_id,
                     lease_ttl_s=order.lease_ttl_s,
                 )

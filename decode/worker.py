@@ -34,6 +34,7 @@ from penstock.rpc import (
     Write,
     check_fingerprint,
     check_tokens,
+    priority_of,
     reachable,
     unary_stream,
 )
@@ -118,6 +119,7 @@ class DecodeWorker:
             capacity_bytes=spec.kv_memory_bytes,
             max_running=spec.max_running,
             max_queued=spec.max_queued,
+            grant_ttl_s=spec.grant_ttl_s,
         )
         self.batch = Batch(engine, self.meters)
         self.runner = AnswerRunner(
@@ -288,6 +290,8 @@ class DecodeWorker:
             prefill_timeout_s=request.prefill_timeout_ms / 1e3 or DEFAULT_PREFILL_TIMEOUT_S,
             admission_timeout_s=request.admission_timeout_ms / 1e3,
             lease_ttl_s=request.lease_ttl_ms / 1e3 or self.spec.lease_ttl_s,
+            tenant=asked.tenant,
+            priority=priority_of(asked.priority),
         )
 
 

@@ -94,6 +94,8 @@ class WorkerSpec(BaseModel):
     """Prefill: most tokens of one model step."""
     queue_timeout_s: float = Field(default=3600.0, gt=0)
     """Prefill: longest wait for cache memory; a decode worker is told by each request."""
+    grant_ttl_s: float = Field(default=120.0, gt=0)
+    """Decode: a place that no prefill worker has begun to fill after so long goes to the next."""
     max_running: int = Field(default=16, ge=1)
     """Most requests worked on at once."""
     max_queued: int = Field(default=256, ge=0)

@@ -202,6 +202,41 @@ async def test_waiting_for_credit_in_vain_is_an_overload() -> None:
         await workers.settles()
 
 
+async def test_a_grant_that_nobody_uses_goes_to_the_next() -> None:
+    async with pair(decode={"max_running": 1, "grant_ttl_s": 0.3}) as workers:
+        unused = asyncio.create_task(failure(workers.ask(prompt_of(300), prefill=False)))
+        await eventually(lambda: workers.decode.admission.running)
+        answer = await workers.ask(prompt_of(300, 2), max_tokens=4, ignore_eos=True)
+        assert len(answer.token_ids) == 4
+        error = await unused
+        assert isinstance(error, OverloadedError)
+        assert (error.reason, error.retry_after_s is not None) == ("grant_expired", True)
+        # One that is used may take longer than that.
+        slow = oracle(prompt_of(300, 3), max_tokens=60, ignore_eos=True)
+        workers.decode_engine._settings = FakeSettings(decode_step_ms=10)
+        answer = await workers.ask(prompt_of(300, 3), max_tokens=60, ignore_eos=True)
+        assert answer.token_ids == slow.token_ids
+        await workers.settles()
+
+
+async def test_a_line_that_is_predicted_to_take_too_long_is_refused_at_once() -> None:
+    async with pair(decode={"max_running": 1}) as workers:
+        workers.decode_engine._settings = FakeSettings(decode_step_ms=10)
+        await workers.ask(prompt_of(300), max_tokens=40, ignore_eos=True)
+        running = [
+            asyncio.create_task(workers.ask(prompt_of(300, n), max_tokens=40, ignore_eos=True))
+            for n in range(3)
+        ]
+        await eventually(lambda: workers.decode.admission.queued == 2)
+        error = await failure(workers.ask(prompt_of(300), admission_timeout_ms=500))
+        assert isinstance(error, OverloadedError)
+        assert error.reason == "predicted_wait"
+        assert error.retry_after_s is not None and error.retry_after_s >= 1
+        print(error.message)
+        await asyncio.gather(*running)
+        await workers.settles()
+
+
 async def test_a_failing_step_ends_its_streams_and_the_worker_goes_on() -> None:
     async with pair() as workers:
         forward = workers.decode_engine.forward
