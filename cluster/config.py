@@ -243,6 +243,8 @@ class ClusterConfig(Section):
             "launcher.worker_host": self.launcher.worker_host,
             "kvstore.listen": self.kvstore.listen.rpartition(":")[0],
         }
+        if self.kvstore.data_listen:
+            where["kvstore.data_listen"] = self.kvstore.data_listen.rpartition(":")[0]
         for name, host in where.items():
             guarded = self.tls.secure and self.tls.has_token
             if not (is_loopback(host) or guarded or self.front.insecure):

@@ -76,6 +76,7 @@ class Limit:
 _HOSTILE = "tests/cluster/test_hostile_http.py::"
 _BOUNDS = "tests/cluster/test_limits.py::"
 _WIRE = "tests/kvstore/test_wire_rules.py::"
+_DATA = "tests/kvstore/data/test_transfer.py::"
 _DISK = "tests/kvstore/disk/test_tier.py::"
 
 CONNECTION = (
@@ -180,6 +181,19 @@ INSIDE = (
           _WIRE + "test_an_idle_put_gives_its_bytes_back", "s"),
     Limit("a reader that takes nothing", "kvstore.get_stall_s", "`DEADLINE_EXCEEDED`",
           _WIRE + "test_a_reader_that_reads_nothing_lets_go", "s"),
+    Limit("connections to the data port", "kvstore.data_connections", "hung up; gRPC serves",
+          _DATA + "test_more_connections_than_allowed_are_hung_up"),
+    Limit("a first request on one", "kvstore.data.port:HELLO_S", "hung up",
+          _DATA + "test_strangers_learn_nothing_and_are_counted", "s"),
+    Limit("a ticket that nobody uses", "kvstore.server:TICKET_S", "what it reserved is given back",
+          _DATA + "test_a_ticket_is_good_once_for_its_purpose_and_not_for_long", "s"),
+    Limit("objects of one offer", "kvstore.service:MOST_OFFERED", "`INVALID_ARGUMENT`",
+          _DATA + "test_a_ticket_is_good_once_for_its_purpose_and_not_for_long"),
+    Limit("data connections of one client", "kvstore.data.dialer:MOST_LINKS", "gRPC",
+          _DATA + "test_many_at_once_come_whole_and_in_order"),
+    Limit("a chunk on one", "kvstore.data.frames:CHUNK_BYTES", "hung up",
+          "tests/kvstore/data/test_frames.py::"
+          "test_a_large_object_goes_in_chunks_of_at_most_a_mebibyte", "bytes"),
     Limit("calls at once", "kvstore.max_concurrent_calls", "`RESOURCE_EXHAUSTED`",
           _BOUNDS + "test_the_store_answers_no_more_calls_at_once_than_allowed"),
     Limit("workers in the directory", "kvstore.max_workers", "`RESOURCE_EXHAUSTED`",

@@ -7,6 +7,7 @@ leave behind, and pages that are given back are punched out of it. A reader open
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import mmap
 import os
@@ -14,6 +15,7 @@ import secrets
 import sys
 import threading
 import weakref
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +24,14 @@ from kvstore.contracts import Buffer
 
 LEAST_BYTES = 1 << 16
 """Smaller objects are in ordinary memory: pages would cost more than they hold."""
-RECYCLED_BYTES = 64 << 20
-"""Most freed memory that is kept for the next objects; the rest goes back to the system."""
+RECYCLED_BYTES = 128 << 20
+"""Most memory that is kept ready for the next objects, freed or prepared; the rest goes back."""
 SECRET_BYTES = 32
 _NAME = "penstock-kv"
+_PREPARED_BYTES = 4 << 20
+"""Prepared in one call, between which others find the lock of the address space."""
+_POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE of Linux 5.14: take pages now, all at once."""
 _PAGE_BYTES = mmap.PAGESIZE
 _ROOM = 4
 """Addresses by budget: objects of other sizes leave gaps, and gaps cost addresses, not memory."""
@@ -53,6 +59,7 @@ class Arena:
     def __init__(self, budget_bytes: int) -> None:
         """Takes addresses for four times `budget_bytes`, and memory as objects come."""
         self._lock = threading.Lock()
+        self._budget_bytes = budget_bytes
         self._size_bytes = _PAGE_BYTES + _pages(_ROOM * budget_bytes + RECYCLED_BYTES)
         self.fd = os.memfd_create(_NAME, os.MFD_CLOEXEC)
         os.ftruncate(self.fd, self._size_bytes)
@@ -60,7 +67,11 @@ class Arena:
         self.secret = secrets.token_bytes(SECRET_BYTES)
         self._map[:SECRET_BYTES] = self.secret
         self._base = np.frombuffer(self._map, np.uint8).ctypes.data
-        self._next = _PAGE_BYTES
+        self._next = self._ready = _PAGE_BYTES
+        """Memory from the first of these offsets to the second was never used, and is prepared."""
+        self._held_bytes = 0
+        self._is_preparing = False
+        self._freed: deque[tuple[int, int]] = deque()
         self._warm: dict[int, list[int]] = {}
         """Offsets by size of what was freed and still has its memory."""
         self._warm_bytes = 0
@@ -71,7 +82,11 @@ class Arena:
         """Memory with anything in it; None if there is no room for it in one piece."""
         length = _pages(size_bytes)
         with self._lock:
+            self._sort()
             offset = self._find(length)
+            if offset is not None:
+                self._held_bytes += length
+            self._prepare_more()
         if offset is None:
             return None
         region = np.frombuffer(self._map, np.uint8, count=size_bytes, offset=offset)
@@ -117,11 +132,54 @@ class Arena:
         return None
 
     def _free(self, offset: int, length: int) -> None:
-        with self._lock:
+        # The garbage collector may call this while this very thread holds the lock.
+        self._freed.append((offset, length))
+        if self._lock.acquire(blocking=False):
+            try:
+                self._sort()
+            finally:
+                self._lock.release()
+
+    def _sort(self) -> None:
+        while self._freed:
+            offset, length = self._freed.popleft()
+            self._held_bytes -= length
             self._warm.setdefault(length, []).append(offset)
             self._warm_bytes += length
-            if self._warm_bytes > RECYCLED_BYTES:
-                self._give_back(RECYCLED_BYTES // 2)
+        most_bytes = RECYCLED_BYTES - max(0, self._ready - self._next)
+        if self._warm_bytes > most_bytes:
+            self._give_back(most_bytes // 2)
+
+    def _prepare_more(self) -> None:
+        """Take the pages of the next objects beside what is going on, as far as the budget goes.
+
+        An object that comes into new memory costs three times one that comes into memory that is
+        there: each page is zeroed and mapped when its first byte arrives.
+        """
+        wanted = self._wanted_bytes()
+        if not self._is_preparing and self._ready - self._next < wanted // 2:
+            self._is_preparing = True
+            threading.Thread(target=self._prepare, name="kv-arena", daemon=True).start()
+
+    def _wanted_bytes(self) -> int:
+        room = self._budget_bytes - self._held_bytes - self._warm_bytes
+        most = min(RECYCLED_BYTES // 2, RECYCLED_BYTES - self._warm_bytes)
+        return max(0, min(most, room, self._size_bytes - self._next))
+
+    def _prepare(self) -> None:
+        while True:
+            with self._lock:
+                start = max(self._ready, self._next)
+                stop = min(self._next + self._wanted_bytes(), start + _PREPARED_BYTES)
+                if stop <= start:
+                    self._is_preparing = False
+                    return
+            failed = _madvise(self._base + start, stop - start, _POPULATE_WRITE)
+            with self._lock:
+                if failed:
+                    # An older kernel, or no memory: pages are taken one by one, or refused then.
+                    return
+                self._ready = max(self._ready, stop)
 
     def _give_back(self, keep_bytes: int) -> None:
         for length, offsets in list(self._warm.items()):
@@ -173,6 +231,15 @@ class ArenaReader:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def _madvise(address: int, length: int, advice: int) -> bool:
+    """Whether it failed. Lets go of the interpreter lock, which `mmap.madvise` keeps."""
+    call = _LIBC.madvise
+    return bool(call(ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_int(advice)))
+
+
+_LIBC = ctypes.CDLL(None)
 
 
 def _pages(size_bytes: int) -> int:

@@ -19,6 +19,10 @@ class StoreConfig(BaseModel):
 
     listen: str = "127.0.0.1:0"
     """HOST:PORT; port 0 takes a free one."""
+    data_listen: str = ""
+    """HOST:PORT of the data port; empty: a free one of the same host."""
+    data_connections: int = Field(default=256, ge=0)
+    """Most connections to the data port, a thread each; 0: no data port, all goes over gRPC."""
     node_id: str = Field(default="", max_length=128)
     """Name in the index; empty: a random one for each start."""
     memory_bytes: int = Field(default=1 << 30, ge=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+from kvstore.data.port import DataPort
 from kvstore.node import StoreNode
 from penstock.telemetry import catalog as M
 from penstock.telemetry.meters import Meters
@@ -44,10 +45,11 @@ SOURCES: Mapping[str, Metric] = {
 """Metric by field of `StoreStat`."""
 
 
-def store_meters(node: StoreNode) -> Meters:
+def store_meters(node: StoreNode, port: DataPort | None = None) -> Meters:
     meters = Meters("store")
     for field, metric in SOURCES.items():
         meters.read(metric, partial(_figure, node, field))
+    meters.read(M.STORE_DATA_CONNECTIONS, lambda: 0.0 if port is None else float(port.connections))
     return meters
 
 

@@ -30,18 +30,23 @@ class PutAnswers:
                 if raw is grpc.aio.EOF:
                     raise asyncio.InvalidStateError("the stream ended early")
                 answer = _parse_put(raw)
-                status = answer.status
-                if status == kv_pb2.PutResponse.STATUS_REFUSED:
-                    retry_after_s = answer.retry_after_ms / 1000 or None
-                    raise from_code(
-                        answer.error_code, answer.error_message, retry_after_s=retry_after_s
-                    )
-                if status == kv_pb2.PutResponse.STATUS_EXISTS:
-                    self.fresh.append(False)
-                elif status == kv_pb2.PutResponse.STATUS_COMMITTED:
-                    self.fresh.append(True)
+                if answer.status != kv_pb2.PutResponse.STATUS_RESERVED:
+                    self.fresh.append(is_fresh(answer))
         finally:
             self.ended = True
+
+
+def is_fresh(answer: kv_pb2.PutResponse) -> bool:
+    """Whether it says that this put committed the object. Raises what it was refused with."""
+    if answer.status == kv_pb2.PutResponse.STATUS_REFUSED:
+        retry_after_s = answer.retry_after_ms / 1000 or None
+        raise from_code(answer.error_code, answer.error_message, retry_after_s=retry_after_s)
+    if answer.status not in (
+        kv_pb2.PutResponse.STATUS_EXISTS,
+        kv_pb2.PutResponse.STATUS_COMMITTED,
+    ):
+        raise StoreUnavailableError("the KV store sent an answer that settles nothing")
+    return answer.status == kv_pb2.PutResponse.STATUS_COMMITTED
 
 
 def _parse_put(raw: bytes) -> kv_pb2.PutResponse:

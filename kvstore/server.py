@@ -14,20 +14,25 @@ from grpc_health.v1.health import aio as health
 from kvstore import admin, directory, service
 from kvstore.config import StoreConfig
 from kvstore.contracts import Index
+from kvstore.data.port import DataPort, host_and_port
+from kvstore.data.tickets import Tickets
 from kvstore.index.embedded import EmbeddedIndex
 from kvstore.index.redis import RedisIndex
 from kvstore.meters import store_meters
 from kvstore.node import StoreNode
-from penstock import transport
+from penstock import sockets, transport
 from penstock.allocator import keep_freed_memory
 from penstock.errors import IndexUnavailableError, UsageError
 from penstock.peers import ALONE, Peers
+from penstock.telemetry import catalog as M
 from penstock.telemetry.exporter import HttpExporter, metrics_handler
 from penstock.telemetry.otlp import open_tracer
 from penstock.telemetry.trace import Tracer
 from penstock.telemetry_spec import QUIET, TelemetrySpec
 
 _STOP_GRACE_S = 1.0
+TICKET_S = 4.0
+"""Bytes that are reserved for a writer who never comes return after so long."""
 
 
 class StoreServer:
@@ -41,8 +46,10 @@ class StoreServer:
         address: str,
         exporter: HttpExporter,
         tracer: Tracer,
+        port: DataPort | None,
     ) -> None:
         self.node = node
+        self.port = port
         self.address = address
         self._index = index
         self._server = server
@@ -59,6 +66,8 @@ class StoreServer:
             self._announcing = asyncio.create_task(announcer.run(self.address))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         await self._server.start()
+        if self.port is not None:
+            self.port.start()
         for name in ("", service.SERVICE, directory.SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._exporter.start()
@@ -68,6 +77,8 @@ class StoreServer:
         self._exporter.close()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
+        if self.port is not None:
+            self.port.stop()
         if self._announcing is not None:
             self._announcing.cancel()
             await asyncio.gather(self._announcing, return_exceptions=True)
@@ -98,11 +109,16 @@ async def start_server(
         options=_options(config),
         interceptors=gates,
     )
-    meters = store_meters(node)
+    port: DataPort | None = None
+    if config.data_connections:
+        port = DataPort(config, Tickets(TICKET_S), secure=sockets.server_context(peers))
+    meters = store_meters(node, port)
+    if port is not None:
+        port.on_refused(lambda reason: meters.add(M.STORE_DATA_REFUSED, reason=reason))
     tracer = open_tracer(telemetry, process="store", instance=node_id)
     server.add_generic_rpc_handlers(
         (
-            service.KvStoreService(node, tracer).handlers(),
+            service.KvStoreService(node, tracer, port).handlers(),
             directory.DirectoryService(workers, epoch=node.epoch).handlers(),
             admin.AdminService(node).handlers(),
             metrics_handler(meters),
@@ -113,10 +129,12 @@ async def start_server(
         await node.start()
         exporter = HttpExporter(meters, telemetry)
         address = _bind(server, config.listen, peers)
-        running = StoreServer(node, index, server, address, exporter, tracer)
+        running = StoreServer(node, index, server, address, exporter, tracer, port)
         await running.start()
     except (UsageError, IndexUnavailableError) as error:
         await server.stop(None)
+        if port is not None:
+            port.stop()
         await index.close()
         await node.close()
         if isinstance(error, UsageError):
@@ -137,9 +155,8 @@ def open_index(config: StoreConfig) -> Index:
 
 def _bind(server: Any, listen: str, peers: Peers) -> str:
     """The address in use, with the real port."""
-    host, colon, port = listen.rpartition(":")
-    if not colon or not host or not port.isdigit():
-        raise UsageError(f"the store cannot listen on {listen!r}: it must be HOST:PORT")
+    host = listen.rpartition(":")[0]
+    host_and_port(listen)
     try:
         bound = transport.bind(peers, server, listen)
     except RuntimeError as error:

@@ -67,6 +67,16 @@ class OpenPut:
         self._hasher.update(chunk)
 
     @property
+    def room(self) -> memoryview:
+        """Where the next bytes belong, for who receives them in place and then says `took`."""
+        return self._data[self._filled :]
+
+    def took(self, chunk: memoryview) -> None:
+        """`chunk`, the start of `room`, has been received."""
+        self._filled += len(chunk)
+        self._hasher.update(chunk)
+
+    @property
     def is_full(self) -> bool:
         """All reserved bytes have come."""
         return self._filled == len(self._data)

@@ -36,6 +36,7 @@ OWNED: Mapping[str, Owned] = {
     "prefill.replicas": _by("prefill.replicas"),
     "decode.replicas": _by("decode.replicas"),
     "kvstore.listen": Owned("", "port 7070 of its pod"),
+    "kvstore.data_listen": Owned("", "port 7071 of its pod"),
     "kvstore.node_id": Owned("", "the pod's name"),
     "kvstore.disk_bytes": _by("kvstore.disk.size"),
     "kvstore.disk_dir": Owned("", "in the claim of kvstore.disk"),

@@ -347,6 +347,21 @@ TRANSFER_TIME = Metric(
     (Label("direction", DIRECTIONS),),
     buckets.FINE_S,
 )
+DATA_FALLBACKS = Metric(
+    "worker_kv_data_fallbacks_total",
+    "counter",
+    WORKERS,
+    "Transfers that went on over gRPC: the data port was `unreachable`, all connections `busy`, the"
+    " connection `cut` or `silent`, a chunk `damaged` or `garbage`, `tls` failed; `resting`: one of"
+    " these a moment before",
+    (
+        Label(
+            "reason",
+            ("unreachable", "busy", "cut", "silent", "damaged", "garbage", "tls", "resting"),
+        ),
+    ),
+    still="the data port can be reached",
+)
 INTEGRITY_FAILURES = Metric(
     "worker_kv_integrity_failures_total",
     "counter",
@@ -571,6 +586,28 @@ STORE_IN = Metric(
 )
 STORE_OUT = Metric(
     "store_sent_bytes_total", "counter", _STORE, "Bytes sent to readers", also=("store_bytes_out",)
+)
+
+STORE_DATA_CONNECTIONS = Metric(
+    "store_data_connections",
+    "gauge",
+    _STORE,
+    "Connections to the data port",
+    still="objects below 64 KiB and workers on the node's host do not use it",
+)
+STORE_DATA_REFUSED = Metric(
+    "store_data_refused_total",
+    "counter",
+    _STORE,
+    "Connections to the data port that the node ended: another protocol (`magic`), no good"
+    " `ticket`, failed `tls`, `silent` or `cut` peers, `damaged` chunks, `garbage`, or `full`",
+    (
+        Label(
+            "reason",
+            ("magic", "ticket", "tls", "silent", "cut", "damaged", "garbage", "full"),
+        ),
+    ),
+    still="no stranger connects",
 )
 
 # The store node: disk tier

@@ -181,7 +181,9 @@ class Machine:
     ) -> None:
         for file in folder.glob("*.yaml"):
             shared = {path: here for path, here in mounts.items() if "/pods/" not in here}
-            file.write_text(edit(self.here(file.read_text(), shared)))
+            # Pods have ports of their own; here a fixed one may be another's.
+            word = self.here(file.read_text(), shared).replace("0.0.0.0:7071", "127.0.0.1:0")
+            file.write_text(edit(word))
 
     def kill(self, name: str) -> None:
         """At once, with what it started."""

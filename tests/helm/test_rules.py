@@ -279,7 +279,11 @@ def test_shared_memory_holds_rays_object_store(values: str) -> None:
 # (from, to, port) that the product needs.
 _NEEDED = [
     *[(a, b, 23456) for a in ("head", "prefill", "decode", "front") for b in ("head", "decode")],
-    *[(role, "kvstore", 7070) for role in ("head", "prefill", "decode", "front")],
+    *[
+        (role, "kvstore", port)
+        for role in ("head", "prefill", "decode", "front")
+        for port in (7070, 7071)
+    ],
     ("test", "front", 8000),
     ("outside", "front", 8000),
     ("operator", "head", 8265),
@@ -290,6 +294,7 @@ _REFUSED = [
     ("outside", "head", 6379),
     ("outside", "prefill", 8000),
     ("outside", "kvstore", 7070),
+    ("outside", "kvstore", 7071),
     ("outside", "front", 6379),
     ("operator", "kvstore", 7070),
     ("test", "kvstore", 7070),
@@ -297,6 +302,7 @@ _REFUSED = [
     ("kvstore", "front", 8000),
     ("front", "kvstore", 6379),
     ("redis", "kvstore", 7070),
+    ("redis", "kvstore", 7071),
 ]
 
 

@@ -233,10 +233,11 @@ async def test_a_node_that_is_killed_leaves_nothing_and_its_successor_is_read() 
                 while True:
                     try:
                         await client.put_many(ITEMS, owner="w", lease_ttl_s=30)
+                        found = await fetch(client, IDS)
                         break
                     except StoreUnavailableError:
                         await asyncio.sleep(0.1)
-            assert all(map(same, await fetch(client, IDS), ITEMS))
+            assert all(map(same, found, ITEMS))
             assert open_arenas() == before + 1
         await client.close()
     assert open_arenas() == before
@@ -285,10 +286,12 @@ async def test_a_system_without_memory_refuses_the_object_and_keeps_the_others(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     late = block(chain(1, seed=6), 0, layout=LAYOUT)
+    writer = client_of(server.address, use_data_port=False)
     with monkeypatch.context() as patched:
         patched.setattr("kvstore.arena.os.pwrite", full)
         with pytest.raises(OverloadedError, match="no memory left"):
-            await client.put(late, owner="writer", lease_ttl_s=9)
+            await writer.put(late, owner="writer", lease_ttl_s=9)
+    await writer.close()
     assert server.node.stat().reserved_bytes == 0
     assert await client.put(late, owner="writer", lease_ttl_s=9)
     assert all(map(same, await fetch(client, [*IDS, late.id]), [*ITEMS, late]))

@@ -152,6 +152,7 @@ def test_files_that_do_not_belong_together_are_named_before_anything_starts(
         ),
         ({"PENSTOCK_LAUNCHER__WORKER_HOST": "0.0.0.0"}, ["worker_host", "penstock certs new"]),
         ({"PENSTOCK_KVSTORE__LISTEN": "0.0.0.0:7000"}, ["kvstore.listen", "tls.ca"]),
+        ({"PENSTOCK_KVSTORE__DATA_LISTEN": "0.0.0.0:7001"}, ["kvstore.data_listen", "tls.ca"]),
     ],
 )
 def test_wrong_settings_are_one_sentence_without_the_secret(

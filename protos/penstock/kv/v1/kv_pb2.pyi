@@ -322,6 +322,9 @@ class GetRequest(_message.Message):
     LEASE_TTL_MS_FIELD_NUMBER: _builtins.int
     WAIT_MS_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
+    DATA_PORT_FIELD_NUMBER: _builtins.int
+    RESUME_OFFSET_FIELD_NUMBER: _builtins.int
+    RESUME_DIGEST_FIELD_NUMBER: _builtins.int
     owner: _builtins.str
     lease_ttl_ms: _builtins.int
     wait_ms: _builtins.int
@@ -330,6 +333,13 @@ class GetRequest(_message.Message):
     """Identity of the reader's host (kvstore/arena.py). If it is the node's own, objects that are leased by this call may be
     answered by GetShared: the reader copies them from the node's shared memory.
     """
+    data_port: _builtins.bool
+    """The reader can fetch bytes from the node's data port: large objects may be answered by GetTicket."""
+    resume_offset: _builtins.int
+    """The reader has so many bytes of the first object already, of one with this digest. If it has it still, the object's
+    bytes start there.
+    """
+    resume_digest: _builtins.bytes
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
@@ -340,14 +350,108 @@ class GetRequest(_message.Message):
         lease_ttl_ms: _builtins.int = ...,
         wait_ms: _builtins.int = ...,
         host: _builtins.bytes = ...,
+        data_port: _builtins.bool = ...,
+        resume_offset: _builtins.int = ...,
+        resume_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "ids", b"ids", "lease_ttl_ms", b"lease_ttl_ms", "owner", b"owner", "wait_ms", b"wait_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_port", b"data_port", "host", b"host", "ids", b"ids", "lease_ttl_ms", b"lease_ttl_ms", "owner", b"owner", "resume_digest", b"resume_digest", "resume_offset", b"resume_offset", "wait_ms", b"wait_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetRequest: _TypeAlias = GetRequest  # noqa: Y015
+
+@_typing.final
+class OfferRequest(_message.Message):
+    """A Put whose bytes go to the data port. At most 64 objects."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWNER_FIELD_NUMBER: _builtins.int
+    LEASE_TTL_MS_FIELD_NUMBER: _builtins.int
+    ROLLING_FIELD_NUMBER: _builtins.int
+    OBJECTS_FIELD_NUMBER: _builtins.int
+    WITHDRAW_FIELD_NUMBER: _builtins.int
+    owner: _builtins.str
+    lease_ttl_ms: _builtins.int
+    rolling: _builtins.bool
+    @_builtins.property
+    def objects(self) -> _containers.RepeatedCompositeFieldContainer[Global___PutBegin]:
+        """Their id, kind and size_bytes; the rest is empty."""
+
+    @_builtins.property
+    def withdraw(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Tickets of earlier offers that nobody will come for: what they reserved is given back now and not with their time."""
+
+    def __init__(
+        self,
+        *,
+        owner: _builtins.str = ...,
+        lease_ttl_ms: _builtins.int = ...,
+        rolling: _builtins.bool = ...,
+        objects: _abc.Iterable[Global___PutBegin] | None = ...,
+        withdraw: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ttl_ms", b"lease_ttl_ms", "objects", b"objects", "owner", b"owner", "rolling", b"rolling", "withdraw", b"withdraw"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfferRequest: _TypeAlias = OfferRequest  # noqa: Y015
+
+@_typing.final
+class OfferResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    ticket: _builtins.bytes
+    """For all that are reserved, in order; good once, for a few seconds. Empty: nothing is reserved."""
+    port: _builtins.int
+    """On the host that was called; 0: this node has no data port, use Put."""
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PutResponse]:
+        """`reserved`, `exists` or `refused`, one an object in order; nothing after the first that is refused."""
+
+    def __init__(
+        self,
+        *,
+        answers: _abc.Iterable[Global___PutResponse] | None = ...,
+        ticket: _builtins.bytes = ...,
+        port: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "port", b"port", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfferResponse: _TypeAlias = OfferResponse  # noqa: Y015
+
+@_typing.final
+class OfferResult(_message.Message):
+    """What the node answers on the data connection: one an object that came, in order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PutResponse]: ...
+    def __init__(
+        self,
+        *,
+        answers: _abc.Iterable[Global___PutResponse] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfferResult: _TypeAlias = OfferResult  # noqa: Y015
 
 @_typing.final
 class GetResponse(_message.Message):
@@ -357,6 +461,7 @@ class GetResponse(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     MISSING_FIELD_NUMBER: _builtins.int
     SHARED_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     @_builtins.property
     def start(self) -> Global___GetStart: ...
@@ -364,6 +469,8 @@ class GetResponse(_message.Message):
     def missing(self) -> Global___GetMissing: ...
     @_builtins.property
     def shared(self) -> Global___GetShared: ...
+    @_builtins.property
+    def ticket(self) -> Global___GetTicket: ...
     def __init__(
         self,
         *,
@@ -371,16 +478,79 @@ class GetResponse(_message.Message):
         data: _builtins.bytes = ...,
         missing: Global___GetMissing | None = ...,
         shared: Global___GetShared | None = ...,
+        ticket: Global___GetTicket | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "message", b"message", "missing", b"missing", "shared", b"shared", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "message", b"message", "missing", b"missing", "shared", b"shared", "start", b"start", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "message", b"message", "missing", b"missing", "shared", b"shared", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "message", b"message", "missing", b"missing", "shared", b"shared", "start", b"start", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["start", "data", "missing", "shared"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["start", "data", "missing", "shared", "ticket"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___GetResponse: _TypeAlias = GetResponse  # noqa: Y015
+
+@_typing.final
+class GetTicket(_message.Message):
+    """Objects that wait at the data port, in the order asked for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    OBJECTS_FIELD_NUMBER: _builtins.int
+    ticket: _builtins.bytes
+    """Good once, for a few seconds."""
+    port: _builtins.int
+    """On the host that was called."""
+    epoch: _builtins.int
+    start: _builtins.int
+    """Bytes of the first object that are not sent, since the reader has them."""
+    @_builtins.property
+    def objects(self) -> _containers.RepeatedCompositeFieldContainer[Global___TicketObject]: ...
+    def __init__(
+        self,
+        *,
+        ticket: _builtins.bytes = ...,
+        port: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        start: _builtins.int = ...,
+        objects: _abc.Iterable[Global___TicketObject] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "objects", b"objects", "port", b"port", "start", b"start", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTicket: _TypeAlias = GetTicket  # noqa: Y015
+
+@_typing.final
+class TicketObject(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    id: _builtins.bytes
+    size_bytes: _builtins.int
+    digest: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        id: _builtins.bytes = ...,
+        size_bytes: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "id", b"id", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TicketObject: _TypeAlias = TicketObject  # noqa: Y015
 
 @_typing.final
 class GetShared(_message.Message):
@@ -455,11 +625,14 @@ class GetStart(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
     HEAD_FIELD_NUMBER: _builtins.int
     id: _builtins.bytes
     size_bytes: _builtins.int
     digest: _builtins.bytes
     epoch: _builtins.int
+    start: _builtins.int
+    """Bytes before it are not sent, since the reader has them (resume_offset)."""
     head: _builtins.bytes
     """The object's first bytes; the data messages carry the rest. A small object needs none."""
     def __init__(
@@ -469,11 +642,12 @@ class GetStart(_message.Message):
         size_bytes: _builtins.int = ...,
         digest: _builtins.bytes = ...,
         epoch: _builtins.int = ...,
+        start: _builtins.int = ...,
         head: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "epoch", b"epoch", "head", b"head", "id", b"id", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "epoch", b"epoch", "head", b"head", "id", b"id", "size_bytes", b"size_bytes", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -44,6 +44,11 @@ class KvStoreStub:
                 request_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.PutRequest.SerializeToString,
                 response_deserializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.PutResponse.FromString,
                 _registered_method=True)
+        self.Offer = channel.unary_unary(
+                '/penstock.kv.v1.KvStore/Offer',
+                request_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.OfferRequest.SerializeToString,
+                response_deserializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.OfferResponse.FromString,
+                _registered_method=True)
         self.Get = channel.unary_stream(
                 '/penstock.kv.v1.KvStore/Get',
                 request_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.GetRequest.SerializeToString,
@@ -81,6 +86,13 @@ class KvStoreServicer:
         `reserved`, `exists` or `refused`, and the Commit of a reserved one with `committed`, `exists` (another writer was
         first) or `refused`. A client need not wait for the answer to Begin: data and commit of an object that is not
         reserved are read and dropped. A broken stream aborts the open object.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Offer(self, request, context):
+        """Reserves objects whose bytes the client then sends to the node's data port (docs/store.md).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -126,6 +138,11 @@ def add_KvStoreServicer_to_server(servicer, server):
                     servicer.Put,
                     request_deserializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.PutRequest.FromString,
                     response_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.PutResponse.SerializeToString,
+            ),
+            'Offer': grpc.unary_unary_rpc_method_handler(
+                    servicer.Offer,
+                    request_deserializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.OfferRequest.FromString,
+                    response_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.OfferResponse.SerializeToString,
             ),
             'Get': grpc.unary_stream_rpc_method_handler(
                     servicer.Get,
@@ -202,6 +219,33 @@ class KvStore:
             '/penstock.kv.v1.KvStore/Put',
             protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.PutRequest.SerializeToString,
             protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.PutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Offer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.kv.v1.KvStore/Offer',
+            protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.OfferRequest.SerializeToString,
+            protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.OfferResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,8 @@ class KvStoreStub:
     first) or `refused`. A client need not wait for the answer to Begin: data and commit of an object that is not
     reserved are read and dropped. A broken stream aborts the open object.
     """
+    Offer: _grpc.UnaryUnaryMultiCallable[_kv_pb2.OfferRequest, _kv_pb2.OfferResponse]
+    """Reserves objects whose bytes the client then sends to the node's data port (docs/store.md)."""
     Get: _grpc.UnaryStreamMultiCallable[_kv_pb2.GetRequest, _kv_pb2.GetResponse]
     """Streams the objects in the order asked for: Start, Data..., or Missing. With wait_ms > 0 the server waits up to that long
     for each object to be committed.
@@ -62,6 +64,8 @@ class KvStoreAsyncStub(KvStoreStub):
     first) or `refused`. A client need not wait for the answer to Begin: data and commit of an object that is not
     reserved are read and dropped. A broken stream aborts the open object.
     """
+    Offer: _aio.UnaryUnaryMultiCallable[_kv_pb2.OfferRequest, _kv_pb2.OfferResponse]  # type: ignore[assignment]
+    """Reserves objects whose bytes the client then sends to the node's data port (docs/store.md)."""
     Get: _aio.UnaryStreamMultiCallable[_kv_pb2.GetRequest, _kv_pb2.GetResponse]  # type: ignore[assignment]
     """Streams the objects in the order asked for: Start, Data..., or Missing. With wait_ms > 0 the server waits up to that long
     for each object to be committed.
@@ -92,6 +96,14 @@ class KvStoreServicer(metaclass=_abc_1.ABCMeta):
         first) or `refused`. A client need not wait for the answer to Begin: data and commit of an object that is not
         reserved are read and dropped. A broken stream aborts the open object.
         """
+
+    @_abc_1.abstractmethod
+    def Offer(
+        self,
+        request: _kv_pb2.OfferRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.OfferResponse, _abc.Awaitable[_kv_pb2.OfferResponse]]:
+        """Reserves objects whose bytes the client then sends to the node's data port (docs/store.md)."""
 
     @_abc_1.abstractmethod
     def Get(
