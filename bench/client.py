@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,21 +80,29 @@ class Client:
 
         Raises PenstockError if the server refuses, breaks off, or answers without text.
         """
-        body = {
+        messages = [{"role": "user", "content": content}]
+        body = {"messages": messages, "max_tokens": max_tokens}
+        return await self._stream("/v1/chat/completions", body | fields, begun)
+
+    async def complete(self, tokens: Sequence[int], *, max_tokens: int, **fields: Any) -> Answer:
+        """A prompt of these token ids, without a template. Raises as `chat`."""
+        body = {"prompt": tokens, "max_tokens": max_tokens}
+        return await self._stream("/v1/completions", body | fields)
+
+    async def _stream(
+        self, path: str, body: dict[str, Any], begun: Callable[[], None] | None = None
+    ) -> Answer:
+        common = {
             "model": self.model,
-            "messages": [{"role": "user", "content": content}],
             "temperature": 0,
-            "max_tokens": max_tokens,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        raw = orjson.dumps(body | fields)
+        raw = orjson.dumps(common | body)
         headers = {"Content-Type": "application/json"}
         answer = Answer(time.monotonic())
         try:
-            async with self._http.stream(
-                "POST", "/v1/chat/completions", content=raw, headers=headers
-            ) as response:
+            async with self._http.stream("POST", path, content=raw, headers=headers) as response:
                 if response.status_code != 200:
                     text = (await response.aread()).decode(errors="replace")[:300]
                     raise PenstockError(f"the server refused ({response.status_code}): {text}")
@@ -125,7 +133,7 @@ def _read(line: bytes, answer: Answer, now_s: float) -> None:
         raise PenstockError(f"the server failed: {event['error'].get('message')}")
     for choice in event.get("choices", ()):
         delta = choice.get("delta", {})
-        if delta.get("content") or delta.get("reasoning_content"):
+        if delta.get("content") or delta.get("reasoning_content") or choice.get("text"):
             answer.event_times_s.append(now_s)
         answer.evidence_spans += len(delta.get("evidence") or ())
     usage = event.get("usage")

@@ -46,8 +46,8 @@ class Ticket:
     priority: Priority
     got_on: bool = False
     resting: bool = False
-    granted: asyncio.Future[None] | None = None
-    """While it waits for a place."""
+    on_granted: Callable[[], None] = lambda: None
+    """Called when it has been given a place."""
     on_rest: Callable[[], None] = lambda: None
 
     @property
@@ -156,14 +156,17 @@ class PromptScheduler:
         """Memory and a slot while the block runs. Raises OverloadedError if the wait was in vain
         (reason `queue_timeout`).
         """
-        ticket.granted = asyncio.get_running_loop().create_future()
-        ticket.got_on = ticket.resting = False
-        self._waiting[ticket.key] = ticket
-        self._replan()
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def grant() -> None:
+            if not granted.done():
+                granted.set_result(None)
+
+        self.claim(ticket, grant)
         try:
             try:
                 async with asyncio.timeout(self.queue_timeout_s):
-                    await ticket.granted
+                    await granted
             except TimeoutError as error:
                 raise OverloadedError(
                     f"the prompt waited {self.queue_timeout_s:.0f} s for cache memory in vain",
@@ -172,10 +175,22 @@ class PromptScheduler:
                 ) from error
             yield
         finally:
-            ticket.granted, ticket.on_rest = None, lambda: None
-            self._waiting.pop(ticket.key, None)
-            self._holding.pop(ticket.key, None)
-            self._replan()
+            self.give_back(ticket)
+
+    def claim(self, ticket: Ticket, on_granted: Callable[[], None]) -> None:
+        """Ask for memory and a slot; `on_granted` is called when they are there, now or later.
+        Whoever has claimed gives back, granted or not.
+        """
+        ticket.on_granted = on_granted
+        ticket.got_on = ticket.resting = False
+        self._waiting[ticket.key] = ticket
+        self._replan()
+
+    def give_back(self, ticket: Ticket) -> None:
+        ticket.on_granted = ticket.on_rest = lambda: None
+        self._waiting.pop(ticket.key, None)
+        self._holding.pop(ticket.key, None)
+        self._replan()
 
     def plan(self, ready: Sequence[Ticket]) -> tuple[Grant, ...]:
         """The next step for those that could be read on."""
@@ -233,8 +248,7 @@ class PromptScheduler:
         for key in moves.enter:
             ticket = self._waiting.pop(key)
             self._holding[key] = ticket
-            if ticket.granted is not None and not ticket.granted.done():
-                ticket.granted.set_result(None)
+            ticket.on_granted()
         for key in moves.rest:
             ticket = self._holding[key]
             ticket.resting = True

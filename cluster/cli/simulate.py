@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +30,7 @@ def simulate(
         typer.Argument(
             metavar="TRACE",
             help="JSONL as Mooncake's, or generated:requests=1000,rate=10,prompt=4096,answer=256,"
-            "turns=1,pause=30,spread=0.8,block=512,period=0,burst=1.",
+            "turns=1,pause=30,spread=0.8,period=0,burst=1.",
         ),
     ],
     prefill: Annotated[int, typer.Option(min=1, help="Prefill workers.")] = 1,
@@ -61,6 +62,22 @@ def simulate(
         float, typer.Option(min=0, help="Seconds between tokens, a request's mean.")
     ] = 0.1,
     seed: Annotated[int, typer.Option(help="Of a generated trace.")] = 0,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Send the trace there as well, or to a cluster of its own (`fake`), and compare.",
+        ),
+    ] = None,
+    fit_on: Annotated[
+        str, typer.Option(metavar="TRACE", help="With --against: what costs are fitted on.")
+    ] = "generated:requests=40,rate=0.8,prompt=800,answer=24",
+    fake_step_ms: Annotated[
+        float, typer.Option(min=0, help="With --against fake: time of a decode step.")
+    ] = 50.0,
+    fake_prefill_tokens_per_s: Annotated[
+        float, typer.Option(min=0, help="With --against fake: speed of prefill.")
+    ] = 2000.0,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png")] = None,
 ) -> int:
@@ -79,6 +96,7 @@ def simulate(
         _check_writable(path)
     names = _names(policy, list(RoutingPolicy), "--policy")
     found = open_trace(trace, seed=seed).scaled(speed=speed, shrink=shrink, limit=limit)
+    found = found.in_blocks()
     known = open_costs(model, file=costs, given=_pairs(set_ or []))
     unique = unique_bytes(found, known)
     capacity = _capacity(store_bytes, unique)
@@ -91,6 +109,15 @@ def simulate(
         slo=Slo(slo_ttft, slo_itl),
         max_tokens=max_tokens,
     )
+    if against is not None:
+        if plot is not None or len(names) > 1:
+            raise UsageError("--against compares one policy and draws no picture")
+        speeds = {
+            "model.fake_decode_step_ms": fake_step_ms,
+            "model.fake_prefill_tokens_per_s": fake_prefill_tokens_per_s,
+        }
+        light = open_trace(fit_on, seed=seed + 1)
+        return _compare(replace(plan, policy=names[0]), found, light, against, speeds, json_file)
     began_s = time.perf_counter()
     results = _run(plan, found, names)
     took_s = time.perf_counter() - began_s
@@ -115,9 +142,47 @@ def simulate(
     return 0
 
 
-def _run(plan: Plan, found: Any, names: list[Any]) -> dict[str, Result]:
-    from dataclasses import replace
+def _compare(
+    plan: Plan, found: Any, light: Any, against: str, speeds: dict[str, Any], file: Path | None
+) -> int:
+    import importlib
 
+    from cluster.config import resolve
+    from cluster.launchers.common import free_port
+
+    # By name: benchmarks stand above the cluster, which must not import them (import-linter).
+    reality = importlib.import_module("bench.reality")
+    report = importlib.import_module("bench.report")
+    own = against == "fake"
+    config = None
+    if own:
+        flags = speeds | {
+            "model.model": "fake",
+            "launcher.kind": "local",
+            "front.port": free_port(),
+            "router.policy": plan.policy.value,
+            "prefill.replicas": plan.prefill,
+            "prefill.chunk_tokens": plan.costs.chunk_tokens,
+            "prefill.max_running": plan.costs.prefill_running,
+            "decode.replicas": plan.decode,
+            "decode.max_running": plan.costs.decode_running,
+        }
+        config = resolve(flags).config
+    report.publish(
+        reality.run(
+            plan,
+            found,
+            light,
+            config=config,
+            url=None if own else against,
+            model="fake" if own else "",
+        ),
+        file,
+    )
+    return 0
+
+
+def _run(plan: Plan, found: Any, names: list[Any]) -> dict[str, Result]:
     from cluster.simulate.world import simulate as run
 
     results = {name.value: run(replace(plan, policy=name), found) for name in names}

@@ -50,11 +50,16 @@ class Costs(Section):
     chunk_tokens: int = Field(default=2048, ge=16)
     prefill_running: int = Field(default=8, ge=1)
     prefill_queued: int = Field(default=256, ge=0)
+    most_prefill_wait_s: float | None = Field(default=None, gt=0)
+    """A prompt is refused at once if a prefill worker's line is predicted to take longer."""
     prefill_memory_bytes: Size = Field(default=1 << 40, ge=1)
     decode_running: int = Field(default=16, ge=1)
     decode_queued: int = Field(default=256, ge=0)
     decode_memory_bytes: Size = Field(default=1 << 40, ge=1)
+    admission: bool = True
+    """Refuse at once what is predicted to wait longer than its patience; else all of it queues."""
     admission_timeout_s: float = Field(default=30.0, gt=0)
+    """Patience of a request in a decode worker's line."""
     max_context: int = Field(default=1 << 20, ge=STATE_ALIGN_TOKENS)
 
     def prefill_piece_s(self, tokens: int, end: int) -> float:

@@ -1,14 +1,14 @@
-"""A decode worker: credits, then a continuous batch.
+"""A decode worker: the credits of serving, then a continuous batch that costs time.
 
 Between two changes of the batch every step is known in advance, so the clock jumps from change to
-change: an hour of a thousand workers is a matter of seconds. A stream that joins while a step runs
-takes part from the next one on, and its first token comes at the end of that (`decode.step`).
+change: an hour of a thousand workers is a matter of seconds. Whoever opens a sequence or joins
+while a step runs waits for its end; a stream's first token comes at the end of its first step
+(`decode.batch`, `decode.step`).
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from cluster.simulate.clock import Clock
 from cluster.simulate.costs import Costs
 from cluster.simulate.figures import Gaps
 from cluster.simulate.life import Life
-from decode.admission import Need
+from decode.credits import Ask, Credits, Need
 
 
 @dataclass(slots=True, eq=False)
@@ -55,72 +55,64 @@ class DecodeWorker:
         self.tokens = 0
         self.step_s = 0.0
         """Of the last step."""
-        self.reserved_bytes = 0
-        self.running = 0
+        self.credits = Credits(costs.decode_memory_bytes, costs.decode_running, costs.decode_queued)
         self._costs = costs
         self._clock = clock
         self._gaps = gaps
         self._on_granted = on_granted
         self._on_first_token = on_first_token
-        self._waiting: deque[tuple[Life, Need, float]] = deque()
-        self._needs: dict[Life, Need] = {}
+        self._asking: dict[int, Life] = {}
         self._streams: list[_Stream] = []
+        self._opening: list[Life] = []
         self._joining: list[_Stream] = []
         self._run: _Run | None = None
         self._generation = 0
 
-    # Credits (first come, first served, as `decode.admission`)
-
-    @property
-    def queued(self) -> int:
-        return len(self._waiting)
-
     @property
     def idle(self) -> bool:
-        return not self.running and not self._waiting
+        return not self.credits.running and not self.credits.queued
 
     def reserve(self, life: Life) -> None:
         """Grants (the flow hears it through `on_granted`), now or later, or refuses."""
-        need = Need(life.reserve_tokens, self._costs.size_bytes(life.reserve_tokens))
-        if need.size_bytes > self._costs.decode_memory_bytes:
-            life.refuse("context length", self._clock.now)
-        elif not self._waiting and self._fits(need):
-            self._take(life, need)
-        elif len(self._waiting) >= self._costs.decode_queued:
-            life.refuse("decode queue full", self._clock.now)
-        else:
-            deadline = self._clock.now + self._costs.admission_timeout_s
-            self._waiting.append((life, need, deadline))
-            self._clock.at(deadline, self._time_out)
+        costs, now = self._costs, self._clock.now
+        need = Need(life.reserve_tokens, costs.size_bytes(life.reserve_tokens))
+        if need.size_bytes > costs.decode_memory_bytes:
+            life.refuse("context length", now)
+            return
+        key, timeout_s = life.request.number, costs.admission_timeout_s
+        patience_s = timeout_s if costs.admission else None
+        refusal = self.credits.ask(Ask(key, need, patience_s=patience_s), now)
+        if refusal is not None:
+            life.refuse(f"decode: {refusal.reason}", now)
+            return
+        self._asking[key] = life
+        self._hear()
+        if key in self._asking:
+            self._clock.after(timeout_s, self._time_out, key)
 
     def give_back(self, life: Life) -> None:
         """Its credit; may be called for one that never had any."""
-        need = self._needs.pop(life, None)
-        if need is not None:
-            self.reserved_bytes -= need.size_bytes
-            self.running -= 1
-            self._admit()
+        self.credits.give_back(life.request.number, self._clock.now)
+        self._hear()
 
-    def _fits(self, need: Need) -> bool:
-        room = self.reserved_bytes + need.size_bytes <= self._costs.decode_memory_bytes
-        return room and self.running < self._costs.decode_running
+    def _hear(self) -> None:
+        for key in self.credits.take_news().granted:
+            life = self._asking.pop(key)
+            if self._run is None:
+                self._granted(life)
+            else:
+                self._opening.append(life)
+                self._cut()
 
-    def _take(self, life: Life, need: Need) -> None:
-        self._needs[life] = need
-        self.reserved_bytes += need.size_bytes
-        self.running += 1
+    def _granted(self, life: Life) -> None:
         life.granted_s = self._clock.now
+        self.credits.use(life.request.number, self._clock.now)
         self._on_granted(life)
 
-    def _admit(self) -> None:
-        while self._waiting and self._fits(self._waiting[0][1]):
-            life, need, _ = self._waiting.popleft()
-            self._take(life, need)
-
-    def _time_out(self) -> None:
-        while self._waiting and self._waiting[0][2] <= self._clock.now:
-            self._waiting.popleft()[0].refuse("no credit in time", self._clock.now)
-            self._admit()
+    def _time_out(self, key: int) -> None:
+        life = self._asking.pop(key, None)
+        if life is not None:
+            life.refuse("decode: queue_timeout", self._clock.now)
 
     # The batch
 
@@ -189,6 +181,9 @@ class DecodeWorker:
             self._streams = [s for s in self._streams if _left(s.life)]
             for stream in over:
                 self._clock.after(self._costs.deliver_s, self._finish, stream.life)
+        opened, self._opening = self._opening, []
+        for life in opened:
+            self._granted(life)
         self._begin()
 
     def _finish(self, life: Life) -> None:

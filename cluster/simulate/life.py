@@ -27,8 +27,8 @@ class Life:
     emitted_tokens: int = 0
     refused: str = ""
     """Why it was refused; '' if it was served."""
-    states: frozenset[int] = frozenset()
-    """Positions at which states of the prompt are kept."""
+    forks: tuple[int, ...] = ()
+    """Where its prompt leaves earlier ones without a state there."""
 
     @property
     def owner(self) -> str:

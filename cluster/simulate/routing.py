@@ -1,4 +1,5 @@
-"""The router of serving under the virtual clock: its board, its policies, its charges.
+"""The router of serving under the virtual clock: its board, its policies, its charges, its memory
+of what it routed.
 
 One front routes for the whole cluster, so its own charges are the whole load, and what it knows of
 the store is exact, as a mirror's that has heard every event.
@@ -7,6 +8,7 @@ the store is exact, as a mirror's that has heard every event.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from cluster.contracts import WorkerView
 from cluster.policy import (
@@ -21,13 +23,19 @@ from cluster.policy import (
 from cluster.routing.board import Board
 from cluster.routing.charge import Charged
 from cluster.routing.choice import open_policy
+from cluster.routing.routed import WORTH_WAITING_TOKENS, InFlight, Reading, Seen
 from cluster.simulate.costs import Costs
 from cluster.simulate.life import Life
 from cluster.simulate.store import SimStore
+from prefill.planner import retained_positions
 
 _FINGERPRINT = bytes(32)
-_SEEN_WORKERS = 8
-"""Workers remembered for each block."""
+
+
+@dataclass
+class _Routed:
+    charged: Charged
+    reading: Reading | None = None
 
 
 class SimRouter:
@@ -39,8 +47,9 @@ class SimRouter:
         self._costs = costs
         self._store = store
         self._board = Board()
-        self._charged: dict[Life, Charged] = {}
-        self._seen: dict[bytes, dict[str, None]] = {}
+        self._routed: dict[Life, _Routed] = {}
+        self._in_flight = InFlight()
+        self._seen = Seen()
 
     def show(self, workers: Iterable[tuple[str, str, bool]]) -> None:
         """The pools have changed: (name, role, draining) of each worker."""
@@ -60,59 +69,63 @@ class SimRouter:
     def route(self, life: Life) -> Route:
         """Raises WorkerUnavailableError if a role has no worker that takes new work."""
         request = life.request
-        resumable, matched = self._store.resumable(request)
-        resident = Resident(
-            resumable_tokens=resumable,
-            fetch_bytes=self._costs.size_bytes(resumable) if resumable else 0,
-            overlap_tokens=matched,
-            seen=self._seen_by(life) if self._overlap else {},
-        )
+        resident = self._resident(life)
         shape = Shape(request.prompt_tokens, max(0, life.reserve_tokens - request.prompt_tokens))
         decision = self._policy.choose(self._board, shape, resident)
         self._board.turn += 1
-        self._charged[life] = Charged(self._board, decision.route, shape, resident)
+        routed = _Routed(Charged(self._board, decision.route, shape, resident))
+        worker = decision.route.prefill.worker_id
+        if self._is_long(request.prompt_tokens - resident.resumable_tokens):
+            resumable = retained_positions(request.prompt_tokens)
+            routed.reading = self._in_flight.begin(worker, request.blocks, resumable)
         if self._overlap:
-            self._note(life, decision.route.prefill.worker_id)
+            self._seen.note(worker, request.blocks)
+        self._routed[life] = routed
         return decision.route
 
     def read(self, life: Life, tokens_done: int) -> None:
         """So many tokens of its prompt are ready, restored ones included."""
-        self._charged[life].read(tokens_done)
+        self._routed[life].charged.read(tokens_done)
 
     def answering(self, life: Life) -> None:
         """Its first token is there."""
-        self._charged[life].answering()
+        routed = self._routed[life]
+        routed.charged.answering()
+        self._has_read(routed)
 
     def ended(self, life: Life) -> None:
         """May be called for one that was never routed."""
-        charged = self._charged.pop(life, None)
-        if charged is not None:
-            charged.close()
+        routed = self._routed.pop(life, None)
+        if routed is not None:
+            routed.charged.close()
+            self._has_read(routed)
 
     @property
-    def charged(self) -> int:
-        """Workers that anything is charged to."""
-        return len(self._board.charged)
+    def held(self) -> int:
+        """Workers that anything is charged to, and blocks that count as being read."""
+        return len(self._board.charged) + len(self._in_flight)
 
-    def _note(self, life: Life, worker: str) -> None:
-        for id_ in life.request.blocks:
-            seen = self._seen.setdefault(id_, {})
-            seen.pop(worker, None)
-            seen[worker] = None
-            if len(seen) > _SEEN_WORKERS:
-                del seen[next(iter(seen))]
+    def _resident(self, life: Life) -> Resident:
+        blocks = life.request.blocks
+        resumable, matched = self._store.resumable(life.request)
+        resident = Resident(
+            resumable_tokens=resumable,
+            fetch_bytes=self._costs.size_bytes(resumable) if resumable else 0,
+            overlap_tokens=matched,
+        )
+        if self._overlap:
+            return replace(resident, seen=self._seen.seen(blocks))
+        if self._is_long(life.request.prompt_tokens - resumable):
+            return resident.with_near(self._in_flight.near(blocks))
+        return resident
 
-    def _seen_by(self, life: Life) -> dict[str, int]:
-        """Leading tokens of the prompt that each worker was given before."""
-        found: dict[str, int] = {}
-        ids = life.request.blocks
-        still = set(self._seen.get(ids[0], ())) if ids else set()
-        for index, id_ in enumerate(ids):
-            still &= self._seen.get(id_, {}).keys()
-            if not still:
-                break
-            found |= dict.fromkeys(still, (index + 1) * self._store.block_tokens)
-        return found
+    def _is_long(self, new_tokens: int) -> bool:
+        return new_tokens >= WORTH_WAITING_TOKENS
+
+    def _has_read(self, routed: _Routed) -> None:
+        if routed.reading is not None:
+            self._in_flight.end(routed.reading)
+            routed.reading = None
 
     def _view(self, name: str, role: str, draining: bool) -> WorkerView:
         costs = self._costs

@@ -1,21 +1,21 @@
 """The shared store: the node's own catalogue and eviction policies, without bytes.
 
-Blocks have the trace's size. States stand where `prefill.planner` retains them, as far as a block
-border of the trace falls there; other states could not be found again through the trace's ids.
+States stand where `prefill.planner` retains them, as far as a block border falls there; others
+could not be found again: a trace has no ids for them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from cluster.simulate.costs import Costs
 from cluster.simulate.trace import SimRequest, Trace
 from kvstore.catalog import Catalog, Limits
 from kvstore.policy.choice import Eviction, open_policy
-from penstock.blocks import ObjectKind
+from penstock.blocks import BLOCK_TOKENS, ObjectKind
 from penstock.errors import OverloadedError
-from prefill.planner import retained_positions
+from prefill.planner import Chunk, retained_positions
 
 _MANY = 1 << 60
 _LEASE_S = 1e9
@@ -27,14 +27,12 @@ class SimStore:
     def __init__(
         self,
         costs: Costs,
-        block_tokens: int,
         *,
         capacity_bytes: int | None,
         eviction: Eviction,
         clock: Callable[[], float],
     ) -> None:
-        self.block_tokens = block_tokens
-        self.block_bytes = costs.size_bytes(block_tokens)
+        self.block_bytes = costs.size_bytes(BLOCK_TOKENS)
         self.state_bytes = costs.state_bytes
         capacity = _MANY if capacity_bytes is None else capacity_bytes
         largest = max(self.block_bytes, self.state_bytes)
@@ -56,41 +54,34 @@ class SimStore:
         if self.state_bytes:
             while present and self.catalog.entry(state_id(request.blocks[present - 1])) is None:
                 present -= 1
-        return present * self.block_tokens, matched * self.block_tokens
+        return present * BLOCK_TOKENS, matched * BLOCK_TOKENS
 
     def restore(self, owner: str, request: SimRequest) -> tuple[int, int]:
         """`resumable`, and what of it is needed is leased."""
         resumable, matched = self.resumable(request)
-        count = resumable // self.block_tokens
+        count = resumable // BLOCK_TOKENS
         if count and self.state_bytes:
             self.catalog.lease(owner, (state_id(request.blocks[count - 1]),), _LEASE_S)
         self.catalog.lease(owner, request.blocks[:count], _LEASE_S)
         return resumable, matched
 
-    def states(self, request: SimRequest, forks: Iterable[int] = ()) -> frozenset[int]:
-        """Positions at which states of the prompt are kept. `forks`: where earlier prompts went
-        another way.
-        """
-        if not self.state_bytes:
-            return frozenset()
-        return frozenset(retained_positions(request.prompt_tokens, forks))
-
-    def publish(
-        self, owner: str, request: SimRequest, *, start: int, end: int, states: frozenset[int]
-    ) -> int:
-        """Commit what positions (start, end] complete, leased; bytes written."""
+    def publish(self, owner: str, request: SimRequest, chunk: Chunk) -> int:
+        """Commit what a chunk completes, leased; bytes written."""
         written = 0
-        size = self.block_tokens
-        for index in range(start // size, end // size):
-            if index >= len(request.blocks):
-                break
-            id_ = request.blocks[index]
-            parent = request.blocks[index - 1] if index else b""
-            position = (index + 1) * size
-            written += self._put(owner, id_, ObjectKind.BLOCK, self.block_bytes, parent, position)
-            if position in states:
+        ids = request.blocks
+        for index in chunk.blocks:
+            if index < len(ids):
+                parent = ids[index - 1] if index else b""
+                position = (index + 1) * BLOCK_TOKENS
                 written += self._put(
-                    owner, state_id(id_), ObjectKind.STATE, self.state_bytes, id_, position
+                    owner, ids[index], ObjectKind.BLOCK, self.block_bytes, parent, position
+                )
+        for position in chunk.retained_at if self.state_bytes else ():
+            index, rest = divmod(position, BLOCK_TOKENS)
+            if not rest and 0 < index <= len(ids):
+                block = ids[index - 1]
+                written += self._put(
+                    owner, state_id(block), ObjectKind.STATE, self.state_bytes, block, position
                 )
         self.catalog.take_dropped()
         return written
@@ -127,10 +118,8 @@ def state_id(block: bytes) -> bytes:
 
 def unique_bytes(trace: Trace, costs: Costs) -> int:
     """Bytes that a store which never evicts would hold after the whole trace."""
-    store = SimStore(
-        costs, trace.block_tokens, capacity_bytes=None, eviction=Eviction.LRU, clock=lambda: 0.0
-    )
+    store = SimStore(costs, capacity_bytes=None, eviction=Eviction.LRU, clock=lambda: 0.0)
     for request in trace.requests:
-        states = store.states(request)
-        store.publish("", request, start=0, end=request.prompt_tokens, states=states)
+        retained = retained_positions(request.prompt_tokens)
+        store.publish("", request, Chunk(0, request.prompt_tokens, retained))
     return store.catalog.usage().used_bytes

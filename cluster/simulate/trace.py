@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import Field
 
 from kvstore.policy.replay import TRACE_BLOCK_TOKENS
+from penstock.blocks import BLOCK_TOKENS
 from penstock.errors import UsageError
 from penstock.settings import Section, validated
 
@@ -42,7 +43,7 @@ class Trace:
 
     name: str
     requests: tuple[SimRequest, ...]
-    block_tokens: int = TRACE_BLOCK_TOKENS
+    block_tokens: int = BLOCK_TOKENS
 
     @property
     def prompt_tokens(self) -> int:
@@ -79,6 +80,26 @@ class Trace:
         )
         return Trace(self.name, requests, self.block_tokens // shrink)
 
+    def in_blocks(self) -> Trace:
+        """With the store's own blocks. A smaller one's id stands for all that is before it, so the
+        last one of a group names the group; a larger one's parts are named after it.
+        """
+        requests: tuple[SimRequest, ...] = self.requests
+        if self.block_tokens < BLOCK_TOKENS and BLOCK_TOKENS % self.block_tokens == 0:
+            step = BLOCK_TOKENS // self.block_tokens
+            requests = tuple(replace(r, blocks=r.blocks[step - 1 :: step]) for r in requests)
+        elif self.block_tokens % BLOCK_TOKENS == 0:
+            parts = [bytes([part]) for part in range(self.block_tokens // BLOCK_TOKENS)]
+            requests = tuple(
+                replace(r, blocks=tuple(part + id_[1:] for id_ in r.blocks for part in parts))
+                for r in requests
+            )
+        else:
+            raise UsageError(
+                f"blocks of {self.block_tokens} tokens cannot be made blocks of {BLOCK_TOKENS}"
+            )
+        return Trace(self.name, requests)
+
 
 class Drawn(Section):
     """A trace drawn by seed: conversations of several turns that come as a Poisson process."""
@@ -96,7 +117,6 @@ class Drawn(Section):
     """Turns of a conversation; each one's prompt begins with all of the one before."""
     pause: float = Field(default=30.0, ge=0)
     """Seconds between two turns, in the mean."""
-    block: int = Field(default=TRACE_BLOCK_TOKENS, ge=1)
     period: float = Field(default=0.0, ge=0)
     """Seconds of a day: the rate swings between 0.2 and 1.8 of its mean; 0: constant."""
     burst: float = Field(default=1.0, ge=1)
@@ -125,7 +145,7 @@ def read_trace(path: Path) -> Trace:
     if not found:
         raise UsageError(f"the trace {path} holds no request")
     found.sort(key=lambda request: request.arrival_s)
-    return Trace(path.name, _numbered(found))
+    return Trace(path.name, _numbered(found), TRACE_BLOCK_TOKENS)
 
 
 def _parse(lines: Iterator[str], path: Path) -> Iterator[SimRequest]:
@@ -164,13 +184,13 @@ def draw(wanted: Drawn, *, seed: int, name: str = "generated") -> Trace:
             )
             answer = _length(dice, wanted.answer, wanted)
             blocks = tuple(
-                _block_id(seed, conversation, index) for index in range(context // wanted.block)
+                _block_id(seed, conversation, index) for index in range(context // BLOCK_TOKENS)
             )
             found.append(SimRequest(0, at_s, context, answer, blocks))
             context += answer
             at_s += dice.expovariate(1 / wanted.pause) if wanted.pause else 0.0
     found.sort(key=lambda request: request.arrival_s)
-    return Trace(name, _numbered(found), wanted.block)
+    return Trace(name, _numbered(found), BLOCK_TOKENS)
 
 
 def _rate_at(wanted: Drawn, at_s: float, span_s: float) -> float:

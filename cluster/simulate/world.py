@@ -49,7 +49,6 @@ class World:
         self.clock = Clock()
         self.store = SimStore(
             plan.costs,
-            trace.block_tokens,
             capacity_bytes=plan.store_bytes,
             eviction=plan.eviction,
             clock=lambda: self.clock.now,

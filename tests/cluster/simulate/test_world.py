@@ -47,7 +47,6 @@ traces = st.builds(
         spread=st.sampled_from([0.0, 0.8]),
         turns=st.integers(1, 4),
         pause=st.sampled_from([0.0, 1.0]),
-        block=st.sampled_from([256, 512]),
     ),
     seed=st.integers(0, 5),
 )
@@ -87,11 +86,13 @@ def test_afterwards_nothing_is_held(plan: Plan, trace: Trace) -> None:
     usage = world.store.catalog.usage()
     assert (usage.leases, usage.reservations, usage.reserved_bytes) == (0, 0, 0)
     assert plan.store_bytes is None or usage.used_bytes <= world.store.catalog.limits.capacity_bytes
-    assert world.router.charged == 0
+    assert world.router.held == 0
     for prefill in world.prefill.values():
-        assert prefill.idle and prefill.used_bytes == prefill.pending_tokens == 0
+        assert (
+            prefill.idle and prefill.scheduler.used_bytes == prefill.scheduler.pending_tokens == 0
+        )
     for decode in world.decode.values():
-        assert decode.idle and decode.reserved_bytes == 0
+        assert decode.idle and decode.credits.reserved_bytes == 0
 
 
 @settings(max_examples=25, deadline=None)
@@ -156,23 +157,29 @@ def test_one_request_costs_what_the_coefficients_say() -> None:
     assert result.gap_s["p50"] == pytest.approx(steps / 10)
 
 
-def test_a_stream_joins_at_the_end_of_the_step_under_way() -> None:
+def test_opening_and_joining_wait_for_the_end_of_the_step_under_way() -> None:
     """The slow way: one step after the other, as the batch's thread does it."""
-    trace = at(0.0, 0.33, 0.71, 1.4, prompt=300, output=25)
+    arrivals = (0.0, 0.33, 0.71, 1.4)
     costs = PLAIN.model_copy(update={"prefill_tokens_per_s": 1e6})
-    _, result = ran(Plan(costs), trace)
-    # When each one was attached: fixed parts, 0.3 ms of computing, 300 bytes out and in.
-    attached = [s + 0.04 + 300e-6 + 2 * 300e-6 for s in (0.0, 0.33, 0.71, 1.4)]
-    now, first, ended = attached[0], {}, {}
+    _, result = ran(Plan(costs), at(*arrivals, prompt=300, output=25))
+    asked = {i: s + 0.01 for i, s in enumerate(arrivals)}
+    # From credit to attached: fixed parts, 0.3 ms of computing, 300 bytes out and in.
+    way_s = 0.03 + 300e-6 + 2 * 300e-6
+    attached: dict[int, float] = {}
+    first: dict[int, float] = {}
+    ended: dict[int, float] = {}
     streams: dict[int, int] = {}
-    waiting = dict(enumerate(attached))
-    while waiting or streams:
-        fresh = [i for i, s in waiting.items() if s <= now + 1e-9]
+    now = 0.0
+    while len(ended) < len(arrivals):
+        if not streams and not any(s <= now for s in attached.values()):
+            # Idle: who asks is granted at once, until somebody has been attached.
+            while asked and min(asked.values()) <= min(attached.values(), default=9.0):
+                i = min(asked, key=lambda i: asked[i])
+                attached[i] = asked.pop(i) + way_s
+            now = min(attached.values())
+        fresh = [i for i, s in attached.items() if s <= now]
         for i in fresh:
-            del waiting[i]
-        if not streams and not fresh:
-            now = min(waiting.values())
-            continue
+            del attached[i]
         if streams:
             context = sum(300 + done - 1 for done in streams.values())
             now += 0.1 + 0.01 * len(streams) + 0.0001 * context
@@ -183,6 +190,9 @@ def test_a_stream_joins_at_the_end_of_the_step_under_way() -> None:
                 del streams[i]
         for i in fresh:
             streams[i], first[i] = 1, now
+        for i in [i for i, s in asked.items() if s <= now]:
+            del asked[i]
+            attached[i] = now + way_s
     for life in result.lives:
         number = life.request.number
         assert life.first_token_s == pytest.approx(first[number], abs=1e-6)
@@ -191,13 +201,13 @@ def test_a_stream_joins_at_the_end_of_the_step_under_way() -> None:
 
 def test_a_second_turn_computes_only_what_is_new() -> None:
     blocks = tuple(bytes([i]) * 32 for i in range(8))
-    first = SimRequest(0, 0.0, 1536, 5, blocks[:3])
-    second = SimRequest(1, 60.0, 4096, 5, blocks)
+    first = SimRequest(0, 0.0, 768, 5, blocks[:3])
+    second = SimRequest(1, 60.0, 2048, 5, blocks)
     trace = Trace("two turns", (first, second))
     for costs in (PRESETS["flash"], PRESETS["flash"].model_copy(update={"state_bytes": 0})):
         _, result = ran(Plan(costs), trace)
-        assert [life.cached_tokens for life in result.lives] == [0, 1536]
-        assert result.hit_rate == pytest.approx(1536 / (1536 + 4096))
+        assert [life.cached_tokens for life in result.lives] == [0, 768]
+        assert result.hit_rate == pytest.approx(768 / (768 + 2048))
 
 
 def test_a_branch_keeps_a_state_for_the_next_one() -> None:
@@ -205,13 +215,13 @@ def test_a_branch_keeps_a_state_for_the_next_one() -> None:
     shared = tuple(bytes([1, i]) * 16 for i in range(11))
     requests = tuple(
         SimRequest(
-            i, 100.0 * i, 20 * 512, 2, shared + tuple(bytes([9 + i, j]) * 16 for j in range(9))
+            i, 100.0 * i, 20 * 256, 2, shared + tuple(bytes([9 + i, j]) * 16 for j in range(9))
         )
         for i in range(3)
     )
     _, result = ran(Plan(PRESETS["flash"]), Trace("branches", requests))
     # No state stands there at first: the second prompt computes from the start and leaves one.
-    assert [life.cached_tokens for life in result.lives] == [0, 0, 11 * 512]
+    assert [life.cached_tokens for life in result.lives] == [0, 0, 11 * 256]
 
 
 def test_a_request_that_can_never_fit_and_one_too_many_are_refused() -> None:
@@ -219,4 +229,4 @@ def test_a_request_that_can_never_fit_and_one_too_many_are_refused() -> None:
     _, result = ran(Plan(costs), at(0.0, prompt=4000, output=1))
     assert result.refused == {"context length": 1}
     _, result = ran(Plan(costs), at(0.0, 0.0, 0.0, 0.0, prompt=1999, output=20))
-    assert result.refused == {"decode queue full": 2} and result.served == 2
+    assert result.refused == {"decode: queue_full": 2} and result.served == 2
