@@ -8,6 +8,7 @@ leave behind, and pages that are given back are punched out of it. A reader open
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import mmap
 import os
@@ -20,19 +21,23 @@ from pathlib import Path
 
 import numpy as np
 
+from kvstore.buffers import Buffers
 from kvstore.contracts import Buffer
 
 LEAST_BYTES = 1 << 16
 """Smaller objects are in ordinary memory: pages would cost more than they hold."""
-RECYCLED_BYTES = 128 << 20
-"""Most memory that is kept ready for the next objects, freed or prepared; the rest goes back."""
+RECYCLED_BYTES = 64 << 20
+"""Most memory beyond the budget that is kept for the next objects; the rest goes back."""
+PREPARED_BYTES = 64 << 20
+"""Most memory that is taken before objects need it, within the budget."""
 SECRET_BYTES = 32
 _NAME = "penstock-kv"
-_PREPARED_BYTES = 4 << 20
+_STEP_BYTES = 4 << 20
 """Prepared in one call, between which others find the lock of the address space."""
 _POPULATE_WRITE = 23
 """MADV_POPULATE_WRITE of Linux 5.14: take pages now, all at once."""
 _PAGE_BYTES = mmap.PAGESIZE
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _ROOM = 4
 """Addresses by budget: objects of other sizes leave gaps, and gaps cost addresses, not memory."""
 
@@ -61,8 +66,10 @@ class Arena:
         self._lock = threading.Lock()
         self._budget_bytes = budget_bytes
         self._size_bytes = _PAGE_BYTES + _pages(_ROOM * budget_bytes + RECYCLED_BYTES)
-        self.fd = os.memfd_create(_NAME, os.MFD_CLOEXEC)
+        self.fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, self._size_bytes)
+        # Others map it: memory that could become shorter would kill who touches it.
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
         self._map = mmap.mmap(self.fd, self._size_bytes)
         self.secret = secrets.token_bytes(SECRET_BYTES)
         self._map[:SECRET_BYTES] = self.secret
@@ -146,9 +153,10 @@ class Arena:
             self._held_bytes -= length
             self._warm.setdefault(length, []).append(offset)
             self._warm_bytes += length
-        most_bytes = RECYCLED_BYTES - max(0, self._ready - self._next)
-        if self._warm_bytes > most_bytes:
-            self._give_back(most_bytes // 2)
+        prepared = max(0, self._ready - self._next)
+        most_bytes = self._budget_bytes + RECYCLED_BYTES - self._held_bytes - prepared
+        if self._warm_bytes > max(0, most_bytes):
+            self._give_back(max(0, most_bytes - RECYCLED_BYTES // 2))
 
     def _prepare_more(self) -> None:
         """Take the pages of the next objects beside what is going on, as far as the budget goes.
@@ -163,14 +171,13 @@ class Arena:
 
     def _wanted_bytes(self) -> int:
         room = self._budget_bytes - self._held_bytes - self._warm_bytes
-        most = min(RECYCLED_BYTES // 2, RECYCLED_BYTES - self._warm_bytes)
-        return max(0, min(most, room, self._size_bytes - self._next))
+        return max(0, min(PREPARED_BYTES - self._warm_bytes, room, self._size_bytes - self._next))
 
     def _prepare(self) -> None:
         while True:
             with self._lock:
                 start = max(self._ready, self._next)
-                stop = min(self._next + self._wanted_bytes(), start + _PREPARED_BYTES)
+                stop = min(self._next + self._wanted_bytes(), start + _STEP_BYTES)
                 if stop <= start:
                     self._is_preparing = False
                     return
@@ -202,35 +209,40 @@ class Arena:
 
 
 class ArenaReader:
-    """Another process's arena, opened for reading. Raises OSError unless it is that arena."""
+    """Another process's arena, mapped for reading. Raises OSError unless it is that arena."""
 
-    def __init__(self, pid: int, fd: int, secret: bytes) -> None:
+    def __init__(self, pid: int, fd: int, secret: bytes, buffers: Buffers | None = None) -> None:
+        """`buffers`: where copies go."""
         path = Path(f"/proc/{pid}/fd/{fd}")
         # Nothing else is opened: a pipe would wait, a device might act.
         if not str(path.readlink()).startswith(f"/memfd:{_NAME}"):
             raise FileNotFoundError(f"{path} is no arena")
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        if len(secret) != SECRET_BYTES or os.pread(self._fd, SECRET_BYTES, 0) != secret:
-            self.close()
-            raise FileNotFoundError(f"{path} is another arena")
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if len(secret) != SECRET_BYTES or os.pread(fd, SECRET_BYTES, 0) != secret:
+                raise FileNotFoundError(f"{path} is another arena")
+            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+                raise OSError(f"{path} might become shorter")
+            memory = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+        finally:
+            os.close(fd)
         self.secret = secret
+        self._memory: np.ndarray | None = np.frombuffer(memory, np.uint8)
+        self._buffers = buffers or Buffers()
 
     def copy(self, offset: int, size_bytes: int) -> memoryview:
         """The bytes there now, in memory of one's own. Raises OSError if they end early."""
-        data = memoryview(np.empty(size_bytes, np.uint8).data)
-        done = 0
-        while done < size_bytes:
-            got = os.preadv(self._fd, [data[done:]], offset + done)
-            if not got:
-                raise OSError("the arena ends inside an object")
-            done += got
+        memory = self._memory
+        if memory is None or offset < 0 or offset + size_bytes > len(memory):
+            raise OSError("the arena ends inside an object")
+        data = self._buffers.new(size_bytes)
+        # numpy lets go of the interpreter lock meanwhile.
+        np.copyto(np.frombuffer(data, np.uint8), memory[offset : offset + size_bytes])
         return data
 
     def close(self) -> None:
-        """May be called again."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        """May be called again. The mapping ends with the last copy that is under way."""
+        self._memory = None
 
 
 def _madvise(address: int, length: int, advice: int) -> bool:

@@ -34,10 +34,7 @@ class Buffers:
         """Memory with anything in it, the caller's until the last view of it ends."""
         with self._lock:
             self._sort()
-            same = self._kept.get(size_bytes)
-            memory = same.pop() if same else None
-            if memory is not None:
-                self._kept_bytes -= size_bytes
+            memory = self._take(size_bytes) if size_bytes in self._kept else None
         if memory is None:
             memory = np.empty(size_bytes, np.uint8)
         shown = memory[:]
@@ -57,7 +54,7 @@ class Buffers:
     def _sort(self) -> None:
         while self._freed:
             memory = self._freed.popleft()
-            while self._kept_bytes + memory.nbytes > self._most_bytes and self._kept_bytes:
+            while self._kept_bytes and self._kept_bytes + memory.nbytes > self._most_bytes:
                 self._forget_one(but=memory.nbytes)
             if self._kept_bytes + memory.nbytes <= self._most_bytes:
                 self._kept.setdefault(memory.nbytes, []).append(memory)
@@ -65,9 +62,12 @@ class Buffers:
 
     def _forget_one(self, *, but: int) -> None:
         """One buffer of another size than `but`, if there is one: sizes in use stay."""
-        size = next((size for size in self._kept if size != but), but)
+        self._take(next((size for size in self._kept if size != but), but))
+
+    def _take(self, size: int) -> np.ndarray:
         same = self._kept[size]
-        same.pop()
+        memory = same.pop()
         self._kept_bytes -= size
         if not same:
             del self._kept[size]
+        return memory

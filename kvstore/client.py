@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 
+from kvstore.buffers import Buffers
 from kvstore.calls import NodeCalls, milliseconds
 from kvstore.config import MAX_IDS_PER_CALL
 from kvstore.contracts import Index, Location, Missing, StoreObject, StoreStat
@@ -53,11 +54,12 @@ class StoreClient:
         self._own_index = RedisIndex(index) if isinstance(index, str) else None
         self._index: Index | None = self._own_index or (None if isinstance(index, str) else index)
         self._closed = False
-        self._shared = SharedReader(is_on=share_memory)
+        buffers = Buffers()
+        self._shared = SharedReader(buffers, is_on=share_memory)
         self._dialer = Dialer(address, peers, is_on=use_data_port)
         self._receipts = Receipts(fingerprint=fingerprint, layout=layout, meter=meter)
         self._calls = NodeCalls(address, timeout_s=call_timeout_s, peers=peers)
-        self._getter = Getter(self._calls, self._receipts, self._shared, self._dialer)
+        self._getter = Getter(self._calls, self._receipts, self._shared, self._dialer, buffers)
         self._putter = Putter(self._calls, self._receipts, self._dialer)
 
     @property

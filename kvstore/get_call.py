@@ -32,15 +32,21 @@ class Getter:
     """
 
     def __init__(
-        self, calls: NodeCalls, receipts: Receipts, shared: SharedReader, dialer: Dialer
+        self,
+        calls: NodeCalls,
+        receipts: Receipts,
+        shared: SharedReader,
+        dialer: Dialer,
+        buffers: Buffers,
     ) -> None:
+        """`buffers`: where large objects come to lie."""
         self.epoch: int | None = None
         """Of the node, as it said last."""
         self._calls = calls
         self._receipts = receipts
         self._shared = shared
         self._dialer = dialer
-        self._buffers = Buffers()
+        self._buffers = buffers
 
     async def get(self, request: kv_pb2.GetRequest) -> AsyncGenerator[Fetched, None]:
         """`request`: at most MAX_IDS_PER_CALL ids, owner and times."""

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 
 from kvstore.arena import ArenaReader, host_identity
+from kvstore.buffers import Buffers
 from kvstore.codec import digest_now
 from protos.penstock.kv.v1 import kv_pb2
 
@@ -20,10 +21,11 @@ COPY_BYTES = 4 << 20
 class SharedReader:
     """A client's hold on the memory of the node that it reads from."""
 
-    def __init__(self, *, is_on: bool) -> None:
+    def __init__(self, buffers: Buffers, *, is_on: bool) -> None:
         self.host = host_identity() if is_on else b""
         """What to say in a request; empty if the node's memory cannot be opened."""
         self._arena: ArenaReader | None = None
+        self._buffers = buffers
 
     def open(self, shared: kv_pb2.GetShared) -> ArenaReader | None:
         """The memory that holds the objects of `shared`."""
@@ -31,7 +33,7 @@ class SharedReader:
             return self._arena
         self.close()
         try:
-            self._arena = ArenaReader(shared.pid, shared.fd, shared.secret)
+            self._arena = ArenaReader(shared.pid, shared.fd, shared.secret, self._buffers)
         except OSError:
             # Another container or user after all, or the node has ended: do without from now on.
             self.host = b""

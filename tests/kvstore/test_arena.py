@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -97,3 +98,33 @@ def test_a_reader_opens_that_arena_and_nothing_else() -> None:
 def test_one_host_is_one_identity() -> None:
     assert len(host_identity()) == 32
     assert host_identity() == host_identity()
+
+
+def test_memory_that_could_become_shorter_is_not_mapped() -> None:
+    fd = os.memfd_create("penstock-kv", os.MFD_CLOEXEC)
+    secret = bytes(range(32))
+    os.pwrite(fd, secret + bytes(PAGE), 0)
+    with pytest.raises(OSError, match="shorter"):
+        ArenaReader(os.getpid(), fd, secret)
+    os.close(fd)
+    arena = Arena(1 << 20)
+    with pytest.raises(OSError):
+        os.ftruncate(arena.fd, PAGE)
+
+
+def test_a_full_budget_keeps_what_it_frees_and_an_empty_one_prepares_no_more_than_it_has() -> None:
+    arena = Arena(8 << 20)
+    views = [arena.allocate(1 << 20) for _ in range(8)]
+    offsets = {arena.offset_of(view) for view in views if view is not None}
+    for view in views:
+        assert view is not None
+        view[:] = bytes(len(view))
+    del view, views
+    again = [arena.allocate(1 << 20) for _ in range(8)]
+    assert {arena.offset_of(view) for view in again if view is not None} == offsets
+    empty = Arena(8 << 20)
+    first = empty.allocate(1 << 16)
+    deadline = time.monotonic() + 5
+    while empty.memory_bytes < 4 << 20 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert first is not None and 4 << 20 <= empty.memory_bytes <= (8 << 20) + 2 * PAGE

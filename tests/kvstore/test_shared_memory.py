@@ -155,7 +155,7 @@ async def test_memory_that_cannot_be_opened_is_not_asked_for_again(
 ) -> None:
     opened = []
 
-    def refuse(self: ArenaReader, pid: int, fd: int, secret: bytes) -> None:
+    def refuse(self: ArenaReader, pid: int, *_: object) -> None:
         opened.append(pid)
         raise PermissionError("another user")
 
