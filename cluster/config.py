@@ -91,6 +91,8 @@ class FrontSection(Section):
     """
     max_prefill_wait_s: float = Field(default=600.0, gt=0)
     """A prompt is refused at once if its prefill worker predicts a longer line in front of it."""
+    failover_timeout_s: float = Field(default=30.0, ge=0)
+    """How long a request whose worker or store failed looks for another to go on with."""
     encode_threads: int = Field(default=2, ge=1)
 
     @model_validator(mode="after")

@@ -15,6 +15,9 @@ the end. In between:
              and needs only the last ones and the state at the prompt's end.
   decode     Tokens stream straight from the decode worker to this process.
 
+A worker that fails is replaced and the story goes on where it stood (`cluster.failover.relay`,
+docs/failover.md): nothing committed is computed again, no token is lost, repeated or another.
+
 Closing the generator walks the arrows backwards: both calls are cancelled, and the workers free
 what they hold.
 """
@@ -25,15 +28,16 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from cluster.contracts import Readiness, ServedModel, WorkerView
-from cluster.policy import DECODE, PREFILL, Route, Shape
+from cluster.failover.footing import Footing, Ground
+from cluster.failover.relay import Relay
+from cluster.policy import DECODE, PREFILL
 from cluster.router import Router
-from cluster.routing.charge import Charged
 from cluster.workers import Hold, StoreNode, WorkerCalls
 from penstock.errors import PenstockError, UnavailableError, WorkerUnavailableError
-from penstock.request import Event, Finish, Request, TokenChunk, Usage
-from penstock.telemetry import trace
+from penstock.request import BEGINNING, Event, Finish, Request, Resume, TokenChunk, Usage
 
 # Events between the workers' streams and the client. A slow client stops the streams, it never
 # fills memory.
@@ -44,93 +48,96 @@ class Flow:
     """`cluster.contracts.Service` over the workers in the directory."""
 
     def __init__(
-        self, *, router: Router, calls: WorkerCalls, store: StoreNode, served_name: str, hold: Hold
+        self,
+        *,
+        router: Router,
+        calls: WorkerCalls,
+        store: StoreNode,
+        served_name: str,
+        hold: Hold,
+        failover_timeout_s: float = 30.0,
     ) -> None:
+        self.ground = Ground(router, hold, failover_timeout_s)
         self._router = router
         self._calls = calls
         self._store = store
         self._served_name = served_name
-        self._hold = hold
         self._created = int(time.time())
+        self._releasing: set[asyncio.Task[None]] = set()
 
-    async def generate(self, request: Request) -> AsyncIterator[Event]:
-        """The page that tells the story. Raises the first error of any step."""
-        with trace.span("route"):
-            decision = await self._router.route(
-                Shape(prompt_tokens=len(request.token_ids), max_tokens=request.stop.max_tokens)
-            )
-        route = decision.route
+    async def generate(self, request: Request, resume: Resume = BEGINNING) -> AsyncIterator[Event]:
+        """The page that tells the story. Raises the first error that no other worker can mend."""
         events: asyncio.Queue[Event | PenstockError] = asyncio.Queue(_QUEUE_EVENTS)
-        with contextlib.closing(self._router.charge(decision)) as charged:
-            async with self._hold(route, request.request_id):
-                work = asyncio.create_task(self._run(request, route, charged, events))
-                try:
-                    while True:
-                        event = await events.get()
-                        if isinstance(event, PenstockError):
-                            raise event
-                        yield event
-                        if isinstance(event, Finish):
-                            return
-                finally:
-                    work.cancel()
-                    await asyncio.gather(work, return_exceptions=True)
+        async with self.ground.footing(request, resume.attempt) as footing:
+            relay = Relay(self.ground, footing, self._calls, request, resume)
+            work = asyncio.create_task(self._run(request, footing, relay, events))
+            is_over = False
+            try:
+                while True:
+                    event = await events.get()
+                    if isinstance(event, PenstockError):
+                        raise event
+                    is_over = isinstance(event, Finish)
+                    yield event
+                    if is_over:
+                        return
+            finally:
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+                if not is_over:
+                    self._give_up(request.request_id)
 
     async def _run(
         self,
         request: Request,
-        route: Route,
-        charged: Charged,
+        footing: Footing,
+        relay: Relay,
         events: asyncio.Queue[Event | PenstockError],
     ) -> None:
         """Reserve, then prefill and decode side by side; the first error ends both."""
         started = time.monotonic()
         timings: dict[str, float] = {}
-        cached = 0
-        granted = asyncio.Event()
+        cached: int | None = None
 
         async def prefill() -> None:
             nonlocal cached
-            await granted.wait()
-            timings["reserve_s"] = time.monotonic() - started
-            with trace.span("prefill", worker=route.prefill.worker_id):
-                async for progress in self._calls.prefill(route.prefill, request):
-                    cached = progress.cached_tokens
-                    charged.read(progress.tokens_done)
-                    await events.put(progress)
-            timings["prefill_s"] = time.monotonic() - started
+            async for progress in relay.read():
+                # What a second worker restores, the first one has computed.
+                cached = progress.cached_tokens if cached is None else cached
+                await events.put(replace(progress, cached_tokens=cached))
 
         async def decode() -> None:
-            with trace.span("decode", worker=route.decode.worker_id):
-                async for event in self._calls.decode(route.decode, request, granted):
-                    if isinstance(event, TokenChunk):
-                        charged.answering()
-                        timings.setdefault("ttft_s", time.monotonic() - started)
-                        await events.put(event)
-                        continue
-                    # The count of cached tokens is prefill's; its stream ends with the hand-over.
-                    await reading
-                    timings["total_s"] = time.monotonic() - started
-                    usage = Usage(len(request.token_ids), cached, event.completion_tokens)
-                    await events.put(Finish(event.reason, usage, event.text, timings))
+            async for event in relay.write():
+                if isinstance(event, TokenChunk):
+                    timings.setdefault("ttft_s", time.monotonic() - started)
+                    await events.put(event)
+                    continue
+                # The count of cached tokens is prefill's; its stream ends with the hand-over.
+                await relay.prompt_read.wait()
+                timings.update(relay.timings, total_s=time.monotonic() - started)
+                usage = Usage(len(request.token_ids), cached or 0, event.completion_tokens)
+                await events.put(Finish(event.reason, usage, event.text, timings))
 
-        reading = asyncio.create_task(prefill())
-        writing = asyncio.create_task(decode())
-        tasks = {reading, writing}
+        tasks = {asyncio.create_task(prefill()), asyncio.create_task(decode())}
         try:
-            while tasks:
-                done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         except PenstockError as error:
             await events.put(error)
         except Exception as error:
             await events.put(PenstockError(f"the request failed inside the front: {error!r}"))
             raise
         finally:
-            for task in (reading, writing):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(reading, writing, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _give_up(self, request_id: str) -> None:
+        """Nobody goes on with it: what its workers still hold in the store may go at once."""
+        task = asyncio.create_task(self._store.release(request_id))
+        self._releasing.add(task)
+        task.add_done_callback(self._releasing.discard)
 
     async def model(self) -> ServedModel:
         workers = await self._router.workers()

@@ -55,6 +55,7 @@ def open_service(spec: FrontSpec, *, hold: Hold = no_hold) -> Flow:
         store=StoreNode(transport.open_channel(peers, spec.store_address, options)),
         served_name=spec.config.served_name,
         hold=hold,
+        failover_timeout_s=front.failover_timeout_s,
     )
 
 
@@ -88,12 +89,14 @@ def build_app(spec: FrontSpec, service: Flow) -> FastAPI:
             inside,
         )
 
+    telemetry = Telemetry(open_tracer(spec.config.telemetry, process="front"))
+    service.ground.tell(telemetry.meters)
     return create_app(
         service,
         tokenizer=tokenizer,
         chat=chat,
         config=spec.config.front,
-        telemetry=Telemetry(open_tracer(spec.config.telemetry, process="front")),
+        telemetry=telemetry,
         sampling_defaults=sampling_defaults(model),
         batch=open_batch,
     )

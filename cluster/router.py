@@ -21,6 +21,7 @@ from cluster.policy import (
     PREFILL,
     Decision,
     Load,
+    Route,
     RoutingPolicy,
     Shape,
 )
@@ -75,6 +76,10 @@ class Router:
     def charge(self, decision: Decision) -> Charged:
         """Charges both workers of a decision until it is closed; the caller closes it."""
         return Charged(self._board, decision.route, decision.shape, decision.resident)
+
+    def charge_route(self, route: Route, shape: Shape) -> Charged:
+        """The same for a route that came about by a failure: one of its workers was kept."""
+        return Charged(self._board, route, shape, NOTHING)
 
     async def route(self, shape: Shape, *, avoid: frozenset[str] = NOBODY) -> Decision:
         """Raises `WorkerUnavailableError`, or as `workers`."""

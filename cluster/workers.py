@@ -16,7 +16,15 @@ from cluster.policy import Route
 from penstock import transport
 from penstock.errors import StoreUnavailableError
 from penstock.peers import ALONE, Peers
-from penstock.request import EvidenceSpan, Grammar, Progress, Request, TokenChunk, TokenLogprobs
+from penstock.request import (
+    EvidenceSpan,
+    Grammar,
+    Progress,
+    Request,
+    Resume,
+    TokenChunk,
+    TokenLogprobs,
+)
 from penstock.rpc import channel_options, error_from_rpc, priority_on_wire
 from penstock.telemetry.exporter import read_metrics
 from protos.penstock.kv.v1 import kv_pb2, kv_pb2_grpc
@@ -69,7 +77,9 @@ class WorkerCalls:
             self._channels[address] = channel
         return channel
 
-    async def prefill(self, worker: WorkerView, request: Request) -> AsyncIterator[Progress]:
+    async def prefill(
+        self, worker: WorkerView, request: Request, attempt: int = 0
+    ) -> AsyncIterator[Progress]:
         """Progress until everything is committed. Raises the worker's error."""
         total, cached = len(request.token_ids), 0
         stub = worker_pb2_grpc.PrefillStub(self._channel(worker.address))
@@ -79,6 +89,7 @@ class WorkerCalls:
                 boundaries=request.boundaries,
                 lease_ttl_ms=int(self._limits.lease_ttl_s * 1e3),
                 most_wait_ms=int(self._limits.max_prefill_wait_s * 1e3),
+                attempt=attempt,
             ),
             timeout=self._limits.request_timeout_s,
         )
@@ -99,9 +110,16 @@ class WorkerCalls:
             call.cancel()
 
     async def decode(
-        self, worker: WorkerView, request: Request, granted: asyncio.Event
+        self,
+        worker: WorkerView,
+        request: Request,
+        resume: Resume,
+        granted: Callable[[bool], None],
     ) -> AsyncIterator[TokenChunk | DecodeFinished]:
-        """Sets `granted` when memory and a slot are reserved, then yields tokens and the end."""
+        """Calls `granted` when memory and a slot are reserved, then yields tokens and the end.
+
+        `granted` gets whether prefill must run first, if `resume` is not a beginning.
+        """
         stop, sampling, limits = request.stop, request.sampling, self._limits
         stub = worker_pb2_grpc.DecodeStub(self._channel(worker.address))
         call = stub.Generate(
@@ -128,6 +146,9 @@ class WorkerCalls:
                 prefill_timeout_ms=int(limits.request_timeout_s * 1e3),
                 lease_ttl_ms=int(limits.lease_ttl_s * 1e3),
                 admission_timeout_ms=int(limits.admission_timeout_s * 1e3),
+                attempt=resume.attempt,
+                emitted=resume.emitted,
+                tell_emitted=resume.tell_emitted,
             ),
             timeout=limits.request_timeout_s,
         )
@@ -135,7 +156,7 @@ class WorkerCalls:
             async for event in call:
                 match event.WhichOneof("event"):
                     case "granted":
-                        granted.set()
+                        granted(event.granted.needs_prefill)
                     case "tokens":
                         yield _chunk(event.tokens)
                     case "finished":
@@ -215,6 +236,14 @@ class StoreNode:
             for field in answer.DESCRIPTOR.fields
             if field.type != field.TYPE_STRING
         }
+
+    async def release(self, request_id: str) -> None:
+        """Everything that a request holds there, whoever of its workers took it. Best effort: the
+        workers do it too, and leases end by themselves.
+        """
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            request = kv_pb2.ReleaseRequest(owner=request_id)
+            await self._stub.Release(request, timeout=self._timeout_s)
 
     async def exposition(self) -> bytes | None:
         """Its metrics as Prometheus text; None if it does not answer."""

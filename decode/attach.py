@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from kvstore.contracts import BlockStore, Buffer, Missing
-from penstock.errors import BlockIntegrityError, PenstockError
+from penstock.errors import BlockIntegrityError, PenstockError, StoreUnavailableError
 from penstock.identity import Chain
 
 WAIT_S = 60.0
@@ -51,10 +51,17 @@ class Used:
 
 
 async def attach_prompt(
-    store: BlockStore, chain: Chain, sequence: Loading, *, owner: str, lease_ttl_s: float
+    store: BlockStore,
+    chain: Chain,
+    sequence: Loading,
+    *,
+    owner: str,
+    lease_ttl_s: float,
+    is_there: bool = False,
 ) -> None:
     """Until `sequence` stands at the prompt's end. Has no deadline of its own: the caller's.
 
+    `is_there`: everything has been committed and leased, so nobody will bring what is missing.
     Raises StoreUnavailableError, and BlockIntegrityError for an object that the store holds but
     that does not verify.
     """
@@ -77,6 +84,10 @@ async def attach_prompt(
                         f"object {attached} of the prompt's {len(ids)} in the KV store does not "
                         "verify"
                     )
+            elif is_there:
+                raise StoreUnavailableError(
+                    "the KV store has lost what this answer was to go on from"
+                )
             if attached < len(ids):
                 await asyncio.sleep(_RETRY_S)
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -19,11 +19,13 @@ from decode.output import Output
 from decode.publisher import OutputPublisher
 from decode.sequence import HeldSequence
 from decode.stream import Drawn, Stream, Wishes
+from decode.takeover import cut, replay, resume_point
 from kvstore.contracts import BlockStore
 from model.engine import Engine
+from penstock import ownership
 from penstock.errors import DeadlineError, PenstockError
 from penstock.identity import Chain
-from penstock.request import Priority, Sampling, StopRule
+from penstock.request import BEGINNING, Priority, Resume, Sampling, StopRule
 from penstock.telemetry import catalog as M
 from penstock.telemetry import trace
 from penstock.telemetry.meters import NO_METER, Meter
@@ -39,10 +41,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Order:
-    """What is asked for. `request_id` owns the leases in the store."""
+    """What is asked for."""
 
     request_id: str
     chain: Chain
+    """What the sequence must have absorbed before the next token is drawn."""
+    prompt_tokens: int
     sampling: Sampling
     rule: StopRule
     wishes: Wishes
@@ -52,10 +56,17 @@ class Order:
     constraint: Constraint | None = None
     tenant: bytes = b""
     priority: Priority = Priority.NORMAL
+    resume: Resume = BEGINNING
 
     @property
-    def prompt_tokens(self) -> int:
-        return len(self.chain.tokens)
+    def owner(self) -> str:
+        """Owns what this attempt publishes."""
+        return ownership.of_answer(self.request_id, self.resume.attempt)
+
+    @property
+    def attached_as(self) -> str:
+        """Owns what this attempt attaches."""
+        return ownership.of_attach(self.request_id, self.resume.attempt)
 
     @property
     def capacity(self) -> int:
@@ -66,7 +77,8 @@ class Order:
 class Listener:
     """Where news of an answer goes."""
 
-    granted: Callable[[Need], Awaitable[None]]
+    granted: Callable[[Need, bool], Awaitable[None]]
+    """What is reserved, and whether prefill must run before this attempt can go on."""
     tokens: Callable[[int, list[Drawn]], Awaitable[None]]
     """Index of the first of these tokens in the answer, and the tokens."""
     finished: Callable[[str, int, str], Awaitable[None]]
@@ -106,11 +118,25 @@ class AnswerRunner:
         ):
             self.meter.add(M.EVIDENCE_REQUESTS, order.wishes.evidence)
             trace.record("reserve", time.monotonic() - arrived, reserved_bytes=need.size_bytes)
-            await listener.granted(need)
+            output = Output(order.rule, self.engine.info.eos_token_ids, held.text)
+            emitted = [
+                Drawn(token, text=piece.text, reason=piece.reason)
+                for token, piece in zip(
+                    order.resume.emitted, output.replay(order.resume.emitted), strict=False
+                )
+            ]
+            is_over = bool(emitted) and emitted[-1].reason is not None
+            start = None if is_over else await self._start(order)
+            await listener.granted(need, start is None and not is_over)
+            if order.resume.tell_emitted and emitted:
+                await listener.tokens(0, emitted)
+            index = len(emitted)
+            if is_over:
+                await listener.finished(emitted[-1].reason or "", index, output.close())
+                return
             with trace.span("attach", prompt_tokens=order.prompt_tokens):
-                await self._attach(order, held.sequence, credit)
-            stream = held.join(Output(order.rule, self.engine.info.eos_token_ids, held.text))
-            index = 0
+                start = await self._attach(order, held.sequence, credit, start)
+            stream = await held.join(output, start)
             with trace.span("generate"):
                 while drawn := await stream.take():
                     await listener.tokens(index, drawn)
@@ -124,18 +150,36 @@ class AnswerRunner:
 
     async def settle(self) -> None:
         """Until what ended requests left behind has been cleaned up."""
-        await asyncio.gather(*self._cleanups, return_exceptions=True)
+        while self._cleanups:
+            await asyncio.gather(*self._cleanups, return_exceptions=True)
 
-    async def _attach(self, order: Order, sequence: HeldSequence, credit: Credit) -> None:
+    async def _start(self, order: Order) -> int | None:
+        """From where in the store this attempt can go on without prefill; None: from nowhere."""
+        if not order.resume.attempt:
+            return None
+        return await resume_point(
+            self.store,
+            order.chain,
+            first=order.prompt_tokens,
+            owner=order.attached_as,
+            lease_ttl_s=order.lease_ttl_s,
+        )
+
+    async def _attach(
+        self, order: Order, sequence: HeldSequence, credit: Credit, start: int | None
+    ) -> int:
+        """Until `sequence` stands at `start`, or, if that is None, where prefill brings it."""
+        chain = order.chain if start is None else cut(order.chain, start)
         begun = time.monotonic()
         try:
             async with asyncio.timeout(order.prefill_timeout_s):
                 await attach_prompt(
                     self.store,
-                    order.chain,
+                    chain,
                     Used(sequence, credit.use),
-                    owner=order.request_id,
+                    owner=order.attached_as,
                     lease_ttl_s=order.lease_ttl_s,
+                    is_there=start is not None,
                 )
         except TimeoutError as error:
             raise DeadlineError(
@@ -143,33 +187,48 @@ class AnswerRunner:
                 f"{order.prefill_timeout_s:.0f} s: prefill is slow, failed or never began"
             ) from error
         self.meter.observe(M.ATTACH_TIME, time.monotonic() - begun)
-        self.counters["decode_attached_tokens_total"] += order.prompt_tokens
+        self.counters["decode_attached_tokens_total"] += len(chain.tokens)
+        return len(chain.tokens)
 
     @asynccontextmanager
     async def _held(self, order: Order) -> AsyncIterator[_Held]:
         """An open sequence and what grows on it; all of it is given back at the end."""
         held = _Held(self, order)
         self.open_sequences += 1
+        # The request is over with the answer's last token; else another worker may go on from what
+        # this one leaves behind.
+        owners, hand_back_s = [order.owner, order.attached_as], ownership.HAND_BACK_S
         try:
             await held.sequence.open()
             yield held
+            owners, hand_back_s = [order.request_id], 0.0
         finally:
-            cleanup = asyncio.create_task(self._clean_up(held))
-            self._cleanups.add(cleanup)
-            cleanup.add_done_callback(self._cleanups.discard)
             # Memory counts as used until it is free, even if this task is cancelled once more.
-            await asyncio.shield(cleanup)
+            await asyncio.shield(self._apart(self._clean_up(held, owners, hand_back_s)))
 
-    async def _clean_up(self, held: _Held) -> None:
+    def _apart(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._cleanups.add(task)
+        task.add_done_callback(self._cleanups.discard)
+        return task
+
+    async def _clean_up(self, held: _Held, owners: list[str], hand_back_s: float) -> None:
         try:
             await held.end()
         finally:
             self.open_sequences -= 1
-        try:
-            await self.store.release(held.order.request_id)
-        except PenstockError as error:
-            # The leases' TTL does the same a little later.
-            _log.warning("leases of %s were not released: %s", held.order.request_id, error.message)
+            releasing = self._apart(self._release(owners, hand_back_s))
+        if not hand_back_s:
+            await releasing
+
+    async def _release(self, owners: list[str], after_s: float) -> None:
+        await asyncio.sleep(after_s)
+        for owner in owners:
+            try:
+                await self.store.release(owner)
+            except PenstockError as error:
+                # The leases' TTL does the same a little later.
+                _log.warning("leases of %s were not released: %s", owner, error.message)
 
 
 class _Held:
@@ -184,20 +243,25 @@ class _Held:
         self._publisher: OutputPublisher | None = None
         self._flushing: asyncio.Task[None] | None = None
 
-    def join(self, output: Output) -> Stream:
-        """Take part in the next step."""
+    async def join(self, output: Output, start: int) -> Stream:
+        """Take part in the next step, after the tokens from `start` on have been fed once more."""
         runner, order = self._runner, self.order
-        answer: list[int] = []
+        emitted, again = order.resume.emitted, order.chain.tokens[start:]
+        # The token drawn last is not absorbed yet, and all of them come after `start`.
+        answer = [*again, *emitted[-1:]]
         self._publisher = OutputPublisher(
             runner.store,
-            order.chain,
+            cut(order.chain, start),
             answer,
-            owner=order.request_id,
+            owner=order.owner,
+            attached_as=ownership.of_handover(order.request_id),
             lease_ttl_s=order.lease_ttl_s,
             export_block=self.sequence.export_block,
             on_failure=self._publish_failed,
         )
         self._publisher.start()
+        await replay(self.sequence, again, start, self._publisher.note)
+        runner.counters["decode_replayed_tokens_total"] += len(again)
         self._stream = Stream(
             self.sequence.live,
             order.sampling,
@@ -206,6 +270,7 @@ class _Held:
             self._publisher.note,
             tokens=answer,
             constraint=order.constraint,
+            emitted=emitted,
         )
         runner.batch.join(self._stream)
         return self._stream

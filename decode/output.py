@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from decode.detokenize import DecodeBytes, Detokenizer
@@ -65,6 +66,15 @@ class Output:
         if self._stop.stopped:
             return Piece(text, STOP)
         return Piece(text, LENGTH if self.count >= self._rule.max_tokens else None)
+
+    def replay(self, tokens: Sequence[int]) -> list[Piece]:
+        """Accept tokens that another worker drew; what each added. Ends early if the answer did."""
+        pieces: list[Piece] = []
+        for token in tokens:
+            pieces.append(self.accept(token))
+            if pieces[-1].reason is not None:
+                break
+        return pieces
 
     def close(self) -> str:
         """Text that was held back and is now final."""

@@ -27,7 +27,9 @@ class _State:
 
 
 class OutputPublisher:
-    """One request's. `answer` is the list of its tokens, which the batch appends to."""
+    """One request's. `answer` is the list of the tokens after `prompt`, which the batch appends to;
+    `attached_as` owns what the hand-over needed.
+    """
 
     def __init__(
         self,
@@ -36,6 +38,7 @@ class OutputPublisher:
         answer: Sequence[int],
         *,
         owner: str,
+        attached_as: str,
         lease_ttl_s: float,
         export_block: Callable[[int], Awaitable[bytes]],
         on_failure: Callable[[], None],
@@ -44,6 +47,7 @@ class OutputPublisher:
         self._store = store
         self._answer = answer
         self._owner = owner
+        self._attached_as = attached_as
         self._lease_ttl_s = lease_ttl_s
         self._export_block = export_block
         self._on_failure = on_failure
@@ -80,7 +84,7 @@ class OutputPublisher:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
-        await self._try(self._store.release(self._owner))
+        await self._try(self._store.release(self._attached_as))
         while not self._ending:
             await self._news.wait()
             self._news.clear()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from decode.batch import Batch
-from model.engine import Buffer, Engine
+from model.engine import Buffer, Engine, Segment
 from model.engine import Sequence as EngineSequence
 
 
@@ -34,6 +35,10 @@ class HeldSequence:
     async def load_state(self, position: int, payload: Buffer) -> None:
         await self._batch.submit(self._load_state, position, payload)
 
+    async def absorb(self, tokens: Sequence[int], states_at: tuple[int, ...]) -> dict[int, bytes]:
+        """Feed tokens that are known; the states at `states_at`, by position."""
+        return await self._batch.submit(self._absorb, tokens, states_at)
+
     async def export_block(self, index: int) -> bytes:
         return await self._batch.submit(self._export_block, index)
 
@@ -48,6 +53,10 @@ class HeldSequence:
 
     def _load_state(self, position: int, payload: Buffer) -> None:
         self._engine.load_state(self.live, position, payload)
+
+    def _absorb(self, tokens: Sequence[int], states_at: tuple[int, ...]) -> dict[int, bytes]:
+        (result,) = self._engine.forward([Segment(self.live, tokens, states_at)])
+        return result.states
 
     def _export_block(self, index: int) -> bytes:
         return self._engine.export_block(self.live, index)

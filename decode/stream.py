@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import InitVar, dataclass, field, replace
 
 from decode.grammar import Constraint
 from decode.output import Output
 from decode.speculation import Acceptance
-from model.engine import Evidence, Sequence
+from model.engine import Evidence
+from model.engine import Sequence as EngineSequence
 from penstock.errors import PenstockError
 from penstock.request import Sampling, TokenLogprobs
 
@@ -33,6 +34,8 @@ class Drawn:
     evidence: tuple[Evidence, ...] = ()
     digest: bytes = b""
     logprobs: TokenLogprobs | None = None
+    reason: str | None = None
+    """Set with the last token of an answer, once it has been accepted."""
 
 
 @dataclass(eq=False)
@@ -42,7 +45,7 @@ class Stream:
     At most max_tokens wait here: the request's own bound is the queue's.
     """
 
-    sequence: Sequence
+    sequence: EngineSequence
     sampling: Sampling
     output: Output
     wishes: Wishes
@@ -56,10 +59,17 @@ class Stream:
     tokens: list[int] = field(default_factory=list)
     constraint: Constraint | None = None
     """What the answer is bound to; belongs to the engine's thread."""
+    emitted: InitVar[Sequence[int]] = ()
+    """Tokens of the answer that another worker drew."""
     _counts: Counter[int] = field(default_factory=Counter)
     _ready: list[Drawn] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _error: PenstockError | None = None
+
+    def __post_init__(self, emitted: Sequence[int]) -> None:
+        if emitted:
+            self.pending = emitted[-1]
+            self._counts.update(emitted)
 
     @property
     def is_over(self) -> bool:
@@ -87,7 +97,7 @@ class Stream:
         self.reason = piece.reason
         if self.sampling.penalises:
             self._counts[drawn.token] += 1
-        self._ready.append(replace(drawn, text=piece.text))
+        self._ready.append(replace(drawn, text=piece.text, reason=piece.reason))
         self._news.set()
 
     def fail(self, error: PenstockError) -> None:

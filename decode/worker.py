@@ -12,6 +12,7 @@ from decode.admission import Admission, Need
 from decode.batch import Batch
 from decode.detokenize import DecodeBytes
 from decode.evidence import of_prompt
+from decode.fence import Fence
 from decode.grammar import Constraint, Grammars, LlGrammars
 from decode.job import AnswerRunner, Listener, Order
 from decode.stream import Drawn, Wishes
@@ -28,7 +29,7 @@ from penstock.errors import (
     WorkerUnavailableError,
 )
 from penstock.identity import Chain
-from penstock.request import Grammar, Sampling, StopRule, TokenLogprobs
+from penstock.request import Grammar, Resume, Sampling, StopRule, TokenLogprobs
 from penstock.rpc import (
     WorkerHost,
     Write,
@@ -126,6 +127,7 @@ class DecodeWorker:
             engine, self.batch, store, self.admission, decode_bytes, self.counters, self.meters
         )
         self._engine = engine
+        self._fence = Fence()
         self._grammars = grammars
         self._host = WorkerHost(
             spec,
@@ -229,7 +231,7 @@ class DecodeWorker:
         meters.read(M.DECODE_STEPS, lambda: batch.steps)
         meters.read(M.DECODE_PROMPT_COMPUTED, lambda: batch.unfed_tokens)
         meters.read(M.DECODE_PAGES, lambda: self.admission.pages)
-        for metric in (M.DECODE_ATTACHED, M.DECODE_PUBLISH_FAILURES):
+        for metric in (M.DECODE_ATTACHED, M.DECODE_REPLAYED, M.DECODE_PUBLISH_FAILURES):
             meters.read(metric, partial(counters.__getitem__, metric.name[len("worker_") :]))
         meters.read(M.DRAFTS, lambda: drafts.drafts)
         meters.read(M.DRAFT_TOKENS, lambda: drafts.draft_tokens)
@@ -239,7 +241,8 @@ class DecodeWorker:
 
     async def _generate(self, request: worker_pb2.GenerateRequest, write: Write) -> None:
         """The RPC: one answer."""
-        with self._host.call() as has_told:
+        name = request.prompt.request_id
+        with self._host.call() as has_told, self._fence.only(name, request.attempt):
             news = _Events(
                 self.spec.worker_id,
                 write,
@@ -257,7 +260,7 @@ class DecodeWorker:
             )
         asked = request.grammar
         after = asked.starts_after if asked.HasField("starts_after") else None
-        return self._grammars.open(Grammar(asked.text, after))
+        return self._grammars.open(Grammar(asked.text, after), request.emitted)
 
     def _read(self, request: worker_pb2.GenerateRequest) -> Order:
         """In a thread: copying and hashing a million tokens takes some 100 ms."""
@@ -265,6 +268,9 @@ class DecodeWorker:
         check_fingerprint(asked.fingerprint, info.fingerprint)
         tokens = tuple(asked.token_ids)
         check_tokens(tokens, info.vocab_size)
+        resume = Resume(request.attempt, tuple(request.emitted), request.tell_emitted)
+        if resume.emitted:
+            check_tokens(resume.emitted, info.vocab_size)
         if not asked.request_id or len(asked.namespace) != 32:
             raise InvalidRequestError("a prompt needs a request id and a namespace of 32 bytes")
         rule = StopRule(
@@ -276,9 +282,14 @@ class DecodeWorker:
                 f"than the {info.max_model_len} tokens of the model's context",
                 param="max_tokens",
             )
+        if len(resume.emitted) > rule.max_tokens:
+            raise InvalidRequestError("more tokens were emitted than the answer may have")
+        whole = resume.absorbed(tokens)
         return Order(
             request_id=asked.request_id,
-            chain=Chain.start(info.fingerprint, asked.namespace).extend(tokens),
+            chain=Chain.start(info.fingerprint, asked.namespace).extend(whole),
+            prompt_tokens=len(tokens),
+            resume=resume,
             sampling=_sampling(request.sampling, info.vocab_size),
             rule=rule,
             wishes=Wishes(
@@ -325,6 +336,7 @@ _COUNTERS = (
     "requests_failed_total",
     "requests_cancelled_total",
     "decode_attached_tokens_total",
+    "decode_replayed_tokens_total",
     "decode_publish_failures_total",
 )
 
@@ -356,8 +368,12 @@ class _Events:
         self._one_by_one = one_by_one
         self._has_told = has_told
 
-    async def granted(self, need: Need) -> None:
-        event = worker_pb2.Granted(worker_id=self._worker_id, reserved_bytes=need.size_bytes)
+    async def granted(self, need: Need, needs_prefill: bool) -> None:
+        event = worker_pb2.Granted(
+            worker_id=self._worker_id,
+            reserved_bytes=need.size_bytes,
+            needs_prefill=needs_prefill,
+        )
         await self._write(worker_pb2.GenerateEvent(granted=event))
 
     async def tokens(self, index: int, drawn: list[Drawn]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kvstore.leases import LeaseTable
+from kvstore.owners import Owners
 from kvstore.policy.contracts import EvictionPolicy, Resident
 from penstock.blocks import ObjectKind
 from penstock.errors import InvalidRequestError, OverloadedError
@@ -85,6 +86,7 @@ class Catalog:
         self._entries: dict[bytes, Entry] = {}
         self._leases = LeaseTable()
         self._slots: dict[str, bytes] = {}
+        self._slot_owners = Owners()
         self._reservations: set[Reservation] = set()
         self._used_bytes = 0
         self._reserved_bytes = 0
@@ -303,14 +305,19 @@ class Catalog:
         return held
 
     def release(self, owner: str) -> int:
-        """Drop the owner's leases and rolling object. Number of leases dropped."""
+        """Drop the leases and rolling objects of the owner and of those below it
+        (`kvstore.owners`). Number of leases dropped.
+        """
         self._expire()
         ids = self._leases.drop_owner(owner)
-        for id_ in ids:
+        # Two owners of one family may have held the same object.
+        for id_ in dict.fromkeys(ids):
             self._let_go(self._entries[id_])
-        slot = self._slots.pop(owner, None)
-        if slot is not None:
-            self._leave_slot(owner, self._entries[slot])
+        for name in self._slot_owners.family(owner):
+            slot = self._slots.get(name)
+            if slot is not None:
+                self._forget_slot(name)
+                self._leave_slot(name, self._entries[slot])
         return len(ids)
 
     # Inside
@@ -333,9 +340,14 @@ class Catalog:
         if before == entry.id:
             return
         self._slots[owner] = entry.id
+        self._slot_owners.add(owner)
         entry.slots |= {owner}
         if before is not None:
             self._leave_slot(owner, self._entries[before])
+
+    def _forget_slot(self, owner: str) -> None:
+        del self._slots[owner]
+        self._slot_owners.discard(owner)
 
     def _leave_slot(self, owner: str, entry: Entry) -> None:
         entry.slots -= {owner}
@@ -384,5 +396,5 @@ class Catalog:
         self._used_bytes -= entry.size_bytes
         self._policy.remove(entry.id)
         for owner in entry.slots:
-            del self._slots[owner]
+            self._forget_slot(owner)
         self._dropped.append(entry.id)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
+from kvstore.owners import Owners
+
 
 @dataclass(slots=True)
 class _Lease:
@@ -28,6 +30,7 @@ class LeaseTable:
         self._heap: list[tuple[float, int, _Lease]] = []
         self._seq = 0
         self._count = 0
+        self._names = Owners()
 
     def __len__(self) -> int:
         return self._count
@@ -48,7 +51,10 @@ class LeaseTable:
     def take(self, owner: str, id_: bytes, expires_at: float) -> None:
         """A new lease, or the later of both expiries for one that exists."""
         self._seq += 1
-        mine = self._owners.setdefault(owner, {})
+        if owner not in self._owners:
+            self._owners[owner] = {}
+            self._names.add(owner)
+        mine = self._owners[owner]
         lease = mine.get(id_)
         if lease is not None:
             lease.expires_at = max(lease.expires_at, expires_at)
@@ -69,8 +75,10 @@ class LeaseTable:
         return True
 
     def drop_owner(self, owner: str) -> list[bytes]:
-        """Ids that `owner` held, deepest (last taken) first."""
-        leases = list(reversed(self._owners.get(owner, {}).values()))
+        """Ids that `owner` and those below it (`kvstore.owners`) held, last taken first."""
+        names = self._names.family(owner)
+        held = [lease for name in names for lease in self._owners.get(name, {}).values()]
+        leases = sorted(held, key=lambda lease: lease.seq, reverse=True)
         for lease in leases:
             self._forget(lease)
         self._compact()
@@ -102,6 +110,7 @@ class LeaseTable:
         del mine[lease.id]
         if not mine:
             del self._owners[lease.owner]
+            self._names.discard(lease.owner)
         holders = self._holders[lease.id]
         holders.discard(lease.owner)
         if not holders:

@@ -47,6 +47,11 @@ class ChildProcess:
         process = self._process
         return process is not None and process.poll() is None
 
+    @property
+    def is_ready(self) -> bool:
+        """Has it been ready since it was started last?"""
+        return self._ready.is_set()
+
     def spawn(self) -> None:
         """Start without waiting; `await_ready` waits."""
         self._ready.clear()

@@ -159,6 +159,25 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Resume:
+    """Where a request stands that other workers began. The default is its beginning."""
+
+    attempt: int = 0
+    """Of this request, rising: the fence by which an earlier attempt is told from a later one."""
+    emitted: tuple[int, ...] = ()
+    """Tokens of its answer that were drawn and handed on."""
+    tell_emitted: bool = False
+    """Whoever goes on reading has not read those: send them once more."""
+
+    def absorbed(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
+        """What a sequence must have absorbed to go on: the token drawn last is still pending."""
+        return (*prompt, *self.emitted[:-1])
+
+
+BEGINNING = Resume()
+
+
+@dataclass(frozen=True)
 class Usage:
     """Counted once, where prefill restores: tokens that prefill did not compute for this
     request.

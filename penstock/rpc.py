@@ -111,6 +111,9 @@ def error_from_rpc(error: grpc.aio.AioRpcError, *, peer: str) -> PenstockError:
             return WorkerUnavailableError(f"{peer} ended the call: {message}")
         case grpc.StatusCode.UNAVAILABLE:
             return WorkerUnavailableError(f"{peer} cannot be reached: {message}")
+        case grpc.StatusCode.INTERNAL | grpc.StatusCode.UNKNOWN:
+            # Our servers say their code with every error: these words are the transport's.
+            return WorkerUnavailableError(f"the connection to {peer} broke: {message}")
         case grpc.StatusCode.INVALID_ARGUMENT:
             return InvalidRequestError(message)
         case _:

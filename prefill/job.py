@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from kvstore.contracts import BlockStore
 from model.engine import Engine
+from penstock import ownership
 from penstock.errors import OverloadedError, PenstockError
 from penstock.identity import Chain
 from penstock.request import Priority
@@ -30,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked for. `request_id` owns the leases of what is published."""
+    """What is asked for."""
 
     request_id: str
     chain: Chain
@@ -40,17 +41,23 @@ class Prompt:
     priority: Priority = Priority.NORMAL
     most_wait_s: float | None = None
     """It is refused at once if the line is predicted to take longer."""
+    attempt: int = 0
 
     @property
     def length(self) -> int:
         return len(self.chain.tokens)
 
     @property
+    def owner(self) -> str:
+        """Owns the leases of what is published."""
+        return ownership.of_prompt(self.request_id, self.attempt)
+
+    @property
     def restore_owner(self) -> str:
         """Owns what only the restore needs; so it can be dropped when decode still needs the
         rest.
         """
-        return f"{self.request_id}/restore"
+        return f"{self.owner}/restore"
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ class PromptRunner:
         publisher = PromptPublisher(
             self.store,
             prompt.chain,
-            owner=prompt.request_id,
+            owner=prompt.owner,
             lease_ttl_s=prompt.lease_ttl_s,
             on_progress=visit.progress,
             meter=self.meter,
@@ -207,14 +214,15 @@ class PromptRunner:
     @asynccontextmanager
     async def _leases(self, prompt: Prompt) -> AsyncIterator[None]:
         """Drops what the request leased: all of it if the prompt failed, else what only the restore
-        needed; decode still needs what was published and releases that itself.
+        needed; decode still needs what was published and releases that itself. What failed is kept
+        for a moment: another worker may go on from there.
         """
-        owners = [prompt.restore_owner, prompt.request_id]
         try:
             yield
-            owners = [prompt.restore_owner]
-        finally:
-            await self._cleaned(self._release(owners))
+        except BaseException:
+            self._apart(self._release(prompt.owner, ownership.HAND_BACK_S))
+            raise
+        await self._cleaned(self._release(prompt.restore_owner))
 
     @asynccontextmanager
     async def _sequence(self, prompt: Prompt) -> AsyncIterator[PromptSequence]:
@@ -229,10 +237,13 @@ class PromptRunner:
 
     async def _cleaned(self, work: Coroutine[None, None, None]) -> None:
         """Memory counts as used until it is free, even if this task is cancelled once more."""
-        cleanup = asyncio.create_task(work)
-        self._cleanups.add(cleanup)
-        cleanup.add_done_callback(self._cleanups.discard)
-        await asyncio.shield(cleanup)
+        await asyncio.shield(self._apart(work))
+
+    def _apart(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._cleanups.add(task)
+        task.add_done_callback(self._cleanups.discard)
+        return task
 
     async def _close(self, sequence: PromptSequence) -> None:
         try:
@@ -240,13 +251,13 @@ class PromptRunner:
         finally:
             self.open_sequences -= 1
 
-    async def _release(self, owners: list[str]) -> None:
-        for owner in owners:
-            try:
-                await self.store.release(owner)
-            except PenstockError as error:
-                # The leases' TTL does the same a little later.
-                _log.warning("leases of %s were not released: %s", owner, error.message)
+    async def _release(self, owner: str, after_s: float = 0.0) -> None:
+        await asyncio.sleep(after_s)
+        try:
+            await self.store.release(owner)
+        except PenstockError as error:
+            # The leases' TTL does the same a little later.
+            _log.warning("leases of %s were not released: %s", owner, error.message)
 
 
 @dataclass

@@ -238,6 +238,7 @@ class PrefillWorker:
             tenant=asked.tenant,
             priority=priority_of(asked.priority),
             most_wait_s=request.most_wait_ms / 1e3 if request.HasField("most_wait_ms") else None,
+            attempt=request.attempt,
         )
 
     def _count(self, outcome: Outcome) -> None:

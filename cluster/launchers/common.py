@@ -86,6 +86,10 @@ def start_store(config: ClusterConfig) -> tuple[ChildProcess | None, str]:
     store = config.kvstore
     if config.launcher.store_address is not None:
         return None, config.launcher.store_address
+    # Started again it must be found where it was: workers and fronts know this address.
+    host, _, port = store.listen.rpartition(":")
+    if port == "0":
+        store = store.model_copy(update={"listen": f"{host}:{free_port(host.strip('[]'))}"})
     spec = StoreSpec(**store.model_dump(), peers=config.tls, telemetry=config.telemetry)
     child = ChildProcess(
         "kvstore",

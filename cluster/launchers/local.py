@@ -4,8 +4,8 @@ Ray.
 
 from __future__ import annotations
 
-import logging
 import threading
+import time
 
 from cluster.config import ClusterConfig
 from cluster.contracts import Endpoint
@@ -18,17 +18,15 @@ from cluster.launchers.common import (
     with_token,
     worker_spec,
 )
+from cluster.launchers.supervisor import Supervisor
 from penstock.child import ChildProcess
-from penstock.errors import PenstockError, UnavailableError
+from penstock.errors import UnavailableError
 
-_log = logging.getLogger(__name__)
-_RESTART_PAUSE_S = 0.5
-# A part that keeps dying this fast has a cause that a restart does not mend.
-_MAX_QUICK_DEATHS = 5
+_LOOK_S = 0.05
 
 
 class LocalLauncher:
-    """Store node, workers and front as children. A worker or front that dies is started again."""
+    """Store node, workers and front as children. One that dies is started again."""
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = with_token(config)
@@ -36,6 +34,7 @@ class LocalLauncher:
         self.workers: dict[str, ChildProcess] = {}
         self.front: ChildProcess | None = None
         self._stopping = threading.Event()
+        self._starting = threading.Lock()
 
     def start(self) -> Endpoint:
         config = self._config
@@ -58,45 +57,32 @@ class LocalLauncher:
         wait_until_ready(url, timeout_s=config.launcher.start_timeout_s, alive=self._check)
         return Endpoint(url, store_address, config.tls)
 
+    def _children(self) -> list[ChildProcess]:
+        return [child for child in (self.store, *self._restartable()) if child is not None]
+
     def _restartable(self) -> list[ChildProcess]:
         return [*self.workers.values(), *([self.front] if self.front else [])]
 
     def _check(self) -> None:
-        for child in (self.store, *self._restartable()):
-            if child is not None and not child.running:
+        for child in self._children():
+            if not child.running:
                 raise UnavailableError(f"{child.name} has ended with status {child.poll()}")
 
     def wait(self) -> None:
-        deaths: dict[str, int] = {}
-        while not self._stopping.wait(0.2):
-            if self.store is not None and not self.store.running:
-                raise UnavailableError(
-                    f"the KV store node has ended with status {self.store.poll()}"
-                )
-            for child in self._restartable():
-                if child.running:
-                    continue
-                deaths[child.name] = deaths.get(child.name, 0) + 1
-                if deaths[child.name] > _MAX_QUICK_DEATHS:
-                    raise UnavailableError(f"{child.name} keeps ending; see its log")
-                _log.warning("%s ended with status %s, starting it again", child.name, child.poll())
-                if self._stopping.wait(_RESTART_PAUSE_S):
-                    return
-                self._restart(child, deaths)
-
-    def _restart(self, child: ChildProcess, deaths: dict[str, int]) -> None:
-        child.stop()
-        child.spawn()
-        try:
-            child.await_ready(self._config.launcher.start_timeout_s)
-        except PenstockError as error:
-            _log.warning("%s did not come back: %s", child.name, error)
-            return
-        deaths[child.name] = 0
+        supervisor = Supervisor(self._children())
+        while not self._stopping.wait(_LOOK_S):
+            with self._starting:
+                if not self._stopping.is_set():
+                    supervisor.tick(time.monotonic())
 
     def stop(self) -> None:
         """Front first, so that no request meets a half-stopped cluster; the store last."""
         self._stopping.set()
+        # What the supervisor is just starting must be known here to be stopped.
+        with self._starting:
+            self._stop()
+
+    def _stop(self) -> None:
         if self.front is not None:
             self.front.stop()
         for child in self.workers.values():

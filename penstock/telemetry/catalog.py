@@ -231,6 +231,28 @@ SCRAPE_FAILURES = Metric(
     still="all processes answer",
 )
 
+PREFILL_FAILOVERS = Metric(
+    "prefill_failovers_total",
+    "counter",
+    _FRONT,
+    "Times that a request tried prefill once more, because a worker or the store failed",
+    still="nothing fails",
+)
+DECODE_FAILOVERS = Metric(
+    "decode_failovers_total",
+    "counter",
+    _FRONT,
+    "Times that a request tried decode once more, because a worker or the store failed",
+    still="nothing fails",
+)
+FAILOVER_RECOMPUTED = Metric(
+    "prefill_failover_lost_tokens_total",
+    "counter",
+    _FRONT,
+    "Prompt tokens that a failed prefill worker had committed and that its successor did not find",
+    still="nothing fails",
+)
+
 # Front: batch jobs
 
 BATCH_RUNNING = Metric(
@@ -400,6 +422,7 @@ PREFILL_RECOMPUTED = Metric(
     _PREFILL,
     "Prompt tokens computed though the store had their block when it was put: what a worker lost in"
     " mid-prompt, a missing state or two equal prompts at once cost",
+    still="nothing is lost, and equal prompts wait for each other",
 )
 PREFILL_REPAIRED = Metric(
     "worker_prefill_repaired_blocks_total",
@@ -458,6 +481,13 @@ DECODE_PROMPT_COMPUTED = Metric(
 )
 DECODE_ATTACHED = Metric(
     "worker_decode_attached_tokens_total", "counter", _DECODE, "Prompt tokens attached"
+)
+DECODE_REPLAYED = Metric(
+    "worker_decode_replayed_tokens_total",
+    "counter",
+    _DECODE,
+    "Answer tokens fed once more because another worker had absorbed them and is gone",
+    still="no worker fails",
 )
 DECODE_PUBLISH_FAILURES = Metric(
     "worker_decode_publish_failures_total",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import re
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.launchers.common import free_port
-from penstock.blocks import BLOCK_TOKENS
 from penstock.client import BatchClient, Document, JobOptions
 from penstock.errors import UnavailableError
 from penstock.telemetry.catalog import CATALOG
@@ -211,22 +209,21 @@ def test_what_a_killed_prefill_worker_and_a_lost_store_cost_is_told() -> None:
             lost = pool.submit(c.client.post, "/v1/completions", json=body)
             time.sleep(0.6)
             launcher.workers["prefill-0"].kill()
-            assert lost.result().status_code == 503
-        until = time.monotonic() + 30
-        while (again := c.client.post("/v1/completions", json=body)).status_code != 200:
-            assert time.monotonic() < until, again.text
-            time.sleep(0.1)
+            answer = lost.result()
+        assert answer.status_code == 200, answer.text
+        usage = answer.json()["usage"]
+        # What its successor found was computed for this very request: nothing of it was cached.
+        assert usage["prompt_tokens_details"]["cached_tokens"] == 0
         text = c.client.get("/metrics").text
         told = read(f"{c.url}/metrics")
-        kept = again.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
         # The new worker counts from 0, so these are the second try's own figures.
-        assert told["penstock_worker_prefill_computed_tokens_total"] == len(long) - kept
-        cost = told["penstock_worker_prefill_recomputed_tokens_total"]
-        no_state = re.search(r'missed_tokens_total{reason="no_state",[^}]*} (\S+)', text)
-        assert cost >= 2 * chunk and cost % BLOCK_TOKENS == 0
-        assert no_state and float(no_state[1]) == cost, "and the reason is told"
-        assert told["penstock_request_failures_total"] >= 1
-        print(f"killed after 0.6 s: {cost:.0f} of {len(long)} tokens computed twice, {kept} kept")
+        rest = told["penstock_worker_prefill_computed_tokens_total"]
+        assert 0 < rest <= len(long) - 2 * chunk
+        # A chunk's blocks may have been committed when its state was not yet.
+        assert told["penstock_worker_prefill_recomputed_tokens_total"] <= chunk
+        assert told["penstock_prefill_failovers_total"] >= 1
+        assert told["penstock_prefill_failover_lost_tokens_total"] == 0
+        print(f"killed after 0.6 s: the next one computed {rest:.0f} of {len(long)} tokens")
 
         launcher.store.kill()
         text = c.client.get("/metrics").text

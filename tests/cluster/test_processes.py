@@ -5,6 +5,7 @@ The `local` launcher; `test_ray.py` asks the same of Ray.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -89,35 +90,64 @@ def test_a_signal_during_start_up_leaves_nothing_behind(name: str, children: int
         assert not any("Traceback" in line for line in served.errors), served.errors
 
 
-def test_a_store_node_that_dies_ends_the_cluster_with_one_sentence() -> None:
+def _store_of(served: Served) -> int | None:
+    found = [p for p, command in served.note().items() if "-m kvstore" in command]
+    return found[0] if found else None
+
+
+def _kill_store_until_given_up(served: Served) -> None:
+    """Each new one before it is ready."""
+
+    def given_up() -> bool:
+        if (store := _store_of(served)) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(store, signal.SIGKILL)
+        # Then it stops the front first of all.
+        return not any("-m cluster.front" in command for command in served.note().values())
+
+    wait_for("the launcher gives up", given_up, within_s=40)
+
+
+def test_a_store_node_that_dies_is_started_again_where_it_was() -> None:
     with serving(*LOCAL) as served:
-        pids = served.note()
-        (store,) = [p for p, command in pids.items() if "-m kvstore" in command]
-        os.kill(store, signal.SIGKILL)
+        assert_answers(served, 5)
+        before = _store_of(served)
+        assert before is not None
+        os.kill(before, signal.SIGKILL)
+        assert_answers(served, 6)
+        assert _store_of(served) not in (None, before)
+        served.signal(signal.SIGTERM)
+        assert served.exit_code(within_s=GONE_WITHIN_S) == 0
+        served.assert_gone(within_s=GONE_WITHIN_S)
+        assert not any("Traceback" in line for line in served.errors)
+
+
+def test_a_store_node_that_keeps_dying_ends_the_cluster_with_one_sentence() -> None:
+    with serving(*LOCAL) as served:
+        _kill_store_until_given_up(served)
         assert served.exit_code(within_s=GONE_WITHIN_S) == 1
         served.assert_gone(within_s=GONE_WITHIN_S)
         print(served.errors)
         (sentence,) = [e for e in served.errors if e.startswith("penstock: ")]
-        assert "KV store" in sentence
+        assert "kvstore keeps ending" in sentence
         assert not any("Traceback" in line for line in served.errors)
 
 
 def test_ctrl_c_while_a_failed_cluster_stops_does_no_harm() -> None:
     with serving(*LOCAL) as served:
         pids = served.note()
-        (store,) = [p for p, command in pids.items() if "-m kvstore" in command]
         (decode,) = [p for p, command in pids.items() if "-m decode" in command]
         # A worker that does not end by itself makes the clean-up last.
         os.kill(decode, signal.SIGSTOP)
-        os.kill(store, signal.SIGKILL)
-        time.sleep(1.5)
+        _kill_store_until_given_up(served)
+        time.sleep(0.5)
         print(f"Ctrl-C in the middle of the clean-up: {not served.ended}")
         assert not served.ended
         served.signal(signal.SIGINT, group=True)
         assert served.exit_code(within_s=GONE_WITHIN_S) == 1
         served.assert_gone(within_s=GONE_WITHIN_S)
         print(served.errors)
-        assert any("KV store" in line for line in served.errors)
+        assert any("keeps ending" in line for line in served.errors)
         assert not any("Traceback" in line for line in served.errors)
 
 
@@ -155,7 +185,7 @@ def watched() -> Iterator[Cluster]:
 
 
 @pytest.mark.parametrize("role", ["decode", "prefill", "front"])
-def test_a_killed_process_fails_its_stream_cleanly_and_comes_back(
+def test_a_killed_process_comes_back_and_costs_no_stream_that_its_client_still_reads(
     watched: Cluster, role: str
 ) -> None:
     seed = {"decode": 30, "prefill": 40, "front": 50}[role]
@@ -170,16 +200,16 @@ def test_a_killed_process_fails_its_stream_cleanly_and_comes_back(
         wait_for("tokens", lambda: len(stream.result.token_ids) > 10, within_s=10)
     os.kill(killed, signal.SIGKILL)
     at = time.monotonic()
-    result = stream.end(within_s=5)
+    result = stream.end(within_s=40)
     print(f"{role} killed: {time.monotonic() - at:.1f} s, {result.error} {result.broken}")
+    expected = fake_answer(prompt, 500)
     if role == "front":
         assert result.broken
+        assert tuple(result.token_ids) == expected[: len(result.token_ids)]
     else:
-        assert result.error is not None
-        assert result.error["code"] == "worker_unavailable", result.error
-        assert role in result.error["message"]
-    expected = fake_answer(prompt, 500)
-    assert tuple(result.token_ids) == expected[: len(result.token_ids)]
+        # There is one worker of the role: its successor goes on.
+        assert result.error is None
+        assert tuple(result.token_ids) == expected
     wait_for(
         "another process in its place",
         lambda: child.pid not in (None, killed) and _is_ready(watched),

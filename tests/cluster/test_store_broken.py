@@ -1,4 +1,7 @@
-"""A broken KV store: each request fails and says so, none hangs, no token is wrong."""
+"""A KV store that is broken for good: each request looks for it for as long as it may
+(`front.failover_timeout_s`), then fails and says so; none hangs, no token is wrong. What comes back
+in time costs nothing: `test_failover.py`.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from tests.cluster.breakage import (
 from tests.cluster.harness import Cluster, cluster
 
 BOUND_S = 15.0
+PATIENCE_S = 3.0
 
 
 def _store_pid(running: Cluster) -> int:
@@ -56,7 +60,10 @@ def _assert_front_and_workers_are_free(running: Cluster) -> None:
 
 def test_store_killed_in_mid_prefill_fails_every_request_with_its_cause() -> None:
     with cluster(
-        "fake", model__fake_prefill_tokens_per_s=1000, prefill__chunk_tokens=256
+        "fake",
+        model__fake_prefill_tokens_per_s=1000,
+        prefill__chunk_tokens=256,
+        front__failover_timeout_s=PATIENCE_S,
     ) as running:
         streams = [Stream(running, prompt_of(9000, seed), max_tokens=4) for seed in (1, 2)]
         wait_for("prefill runs", lambda: running.counter("prefill", "running") >= 2, within_s=10)
@@ -76,7 +83,9 @@ def test_store_killed_in_mid_prefill_fails_every_request_with_its_cause() -> Non
 
 
 def test_store_killed_in_mid_decode_never_gives_a_wrong_token() -> None:
-    with cluster("fake", model__fake_decode_step_ms=10) as running:
+    with cluster(
+        "fake", model__fake_decode_step_ms=10, front__failover_timeout_s=PATIENCE_S
+    ) as running:
         prompt = prompt_of(1500, 4)
         stream = Stream(running, prompt, max_tokens=400)
         wait_for("tokens flow", lambda: len(stream.result.token_ids) > 40, within_s=10)
@@ -101,7 +110,10 @@ def test_store_killed_in_mid_decode_never_gives_a_wrong_token() -> None:
 def test_store_that_stopped_answering_ends_requests_within_a_bound(moment: str) -> None:
     """Not dead but silent: the connection stands, nothing comes."""
     with cluster(
-        "fake", model__fake_prefill_tokens_per_s=1000, prefill__chunk_tokens=256
+        "fake",
+        model__fake_prefill_tokens_per_s=1000,
+        prefill__chunk_tokens=256,
+        front__failover_timeout_s=PATIENCE_S,
     ) as running:
         store = _store_pid(running)
         prompt = prompt_of(5000, 6)

@@ -18,7 +18,7 @@ from penstock.errors import InvalidRequestError, OverloadedError
 
 CAPACITY_BYTES = 100
 IDS = [bytes([number]) * 32 for number in range(6)]
-OWNERS = ["a", "b"]
+OWNERS = ["a", "b", "a/answer/0", "a/answer"]
 LIMITS = Limits(
     capacity_bytes=CAPACITY_BYTES,
     max_object_bytes=60,
@@ -122,10 +122,11 @@ class CatalogMachine(RuleBasedStateMachine):
     @rule(owner=st.sampled_from(OWNERS))
     def release(self, owner: str) -> None:
         self.catalog.release(owner)
-        self.leases = {key: end for key, end in self.leases.items() if key[0] != owner}
-        slot = self.slots.pop(owner, None)
-        self.forget_dropped(slot)
-        self.check_superseded(slot)
+        family = [name for name in OWNERS if name == owner or name.startswith(f"{owner}/")]
+        self.leases = {key: end for key, end in self.leases.items() if key[0] not in family}
+        for slot in [self.slots.pop(name, None) for name in family]:
+            self.forget_dropped(slot)
+            self.check_superseded(slot)
 
     @rule(id_=st.sampled_from(IDS))
     def open_read(self, id_: bytes) -> None:

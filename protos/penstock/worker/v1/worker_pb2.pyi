@@ -89,9 +89,12 @@ class PrefillRequest(_message.Message):
     BOUNDARIES_FIELD_NUMBER: _builtins.int
     LEASE_TTL_MS_FIELD_NUMBER: _builtins.int
     MOST_WAIT_MS_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     lease_ttl_ms: _builtins.int
     most_wait_ms: _builtins.int
     """Refuse it at once if the line is predicted to take longer; unset: never."""
+    attempt: _builtins.int
+    """Which try of the request this is, from 0: names the owner of its leases."""
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
@@ -105,10 +108,11 @@ class PrefillRequest(_message.Message):
         boundaries: _abc.Iterable[_builtins.int] | None = ...,
         lease_ttl_ms: _builtins.int = ...,
         most_wait_ms: _builtins.int | None = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_most_wait_ms", b"_most_wait_ms", "most_wait_ms", b"most_wait_ms", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_most_wait_ms", b"_most_wait_ms", "boundaries", b"boundaries", "lease_ttl_ms", b"lease_ttl_ms", "most_wait_ms", b"most_wait_ms", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_most_wait_ms", b"_most_wait_ms", "attempt", b"attempt", "boundaries", b"boundaries", "lease_ttl_ms", b"lease_ttl_ms", "most_wait_ms", b"most_wait_ms", "prompt", b"prompt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__most_wait_ms: _TypeAlias = _typing.Literal["most_wait_ms"]  # noqa: Y015
     _WhichOneofArgType__most_wait_ms: _TypeAlias = _typing.Literal["_most_wait_ms", b"_most_wait_ms"]  # noqa: Y015
@@ -322,6 +326,9 @@ class GenerateRequest(_message.Message):
     LOGITS_DIGEST_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     GRAMMAR_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    EMITTED_FIELD_NUMBER: _builtins.int
+    TELL_EMITTED_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     min_tokens: _builtins.int
     ignore_eos: _builtins.bool
@@ -335,6 +342,10 @@ class GenerateRequest(_message.Message):
     """Also send a digest of each token's logits, so that "the same token by every path" can be checked bit for bit."""
     top_logprobs: _builtins.int
     """Also send each token's log probability, and those of this many likeliest tokens."""
+    attempt: _builtins.int
+    """Which try of the request this is, from 0. A worker that still runs an earlier one ends it: one writer a stream."""
+    tell_emitted: _builtins.bool
+    """Send their texts first, token by token, without evidence, digests and log probabilities."""
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
@@ -343,6 +354,10 @@ class GenerateRequest(_message.Message):
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def grammar(self) -> Global___Grammar: ...
+    @_builtins.property
+    def emitted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens of the answer that an earlier attempt's worker drew and the front has: the answer goes on after them."""
+
     def __init__(
         self,
         *,
@@ -359,10 +374,13 @@ class GenerateRequest(_message.Message):
         logits_digest: _builtins.bool = ...,
         top_logprobs: _builtins.int | None = ...,
         grammar: Global___Grammar | None = ...,
+        attempt: _builtins.int = ...,
+        emitted: _abc.Iterable[_builtins.int] | None = ...,
+        tell_emitted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "grammar", b"grammar", "prompt", b"prompt", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "admission_timeout_ms", b"admission_timeout_ms", "evidence", b"evidence", "grammar", b"grammar", "ignore_eos", b"ignore_eos", "lease_ttl_ms", b"lease_ttl_ms", "logits_digest", b"logits_digest", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "prefill_timeout_ms", b"prefill_timeout_ms", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "admission_timeout_ms", b"admission_timeout_ms", "attempt", b"attempt", "emitted", b"emitted", "evidence", b"evidence", "grammar", b"grammar", "ignore_eos", b"ignore_eos", "lease_ttl_ms", b"lease_ttl_ms", "logits_digest", b"logits_digest", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "prefill_timeout_ms", b"prefill_timeout_ms", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "tell_emitted", b"tell_emitted", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__top_logprobs: _TypeAlias = _typing.Literal["top_logprobs"]  # noqa: Y015
     _WhichOneofArgType__top_logprobs: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs"]  # noqa: Y015
@@ -406,17 +424,23 @@ class Granted(_message.Message):
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
     RESERVED_BYTES_FIELD_NUMBER: _builtins.int
+    NEEDS_PREFILL_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     reserved_bytes: _builtins.int
+    needs_prefill: _builtins.bool
+    """Prefill must run over the prompt and all emitted tokens but the last: the store holds nothing to go on from. Told
+    for attempts above 0; the first one always needs it.
+    """
     def __init__(
         self,
         *,
         worker_id: _builtins.str = ...,
         reserved_bytes: _builtins.int = ...,
+        needs_prefill: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reserved_bytes", b"reserved_bytes", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["needs_prefill", b"needs_prefill", "reserved_bytes", b"reserved_bytes", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,1 @@
+"""How a request outlives the workers and stores that it meets. `cluster/flow.py` tells when."""
