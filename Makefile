@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PROTOS := protos/penstock/kv/v1/kv.proto protos/penstock/worker/v1/worker.proto \
 	protos/penstock/telemetry/v1/telemetry.proto protos/penstock/batch/v1/batch.proto
 
-.PHONY: setup demo serve test chaos check bench bench-gpu proto helm docs clean
+.PHONY: setup demo serve test chaos check bench bench-gpu eval proto helm docs clean
 
 setup: $(STAMP)
 
@@ -50,6 +50,14 @@ bench: setup
 bench-gpu: setup
 	mkdir -p results
 	$(BIN)/python -m bench.kernels --json results/bench-kernels.json
+
+# Answers about long documents by the shipped model through HTTP; docs/evaluation.md has the figures of a longer run.
+LENGTHS ?= 1k,8k,32k
+QUESTIONS ?= 110
+eval: setup
+	mkdir -p results
+	$(BIN)/penstock eval all ledger --lengths $(LENGTHS) --questions $(QUESTIONS) --launcher local \
+		--json results/eval.json --plot results/eval.png
 
 proto: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. \

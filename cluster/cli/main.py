@@ -21,6 +21,7 @@ from cluster.cli import (
     config,
     demo,
     doctor,
+    evaluate,
     fetch,
     keys,
     kv,
@@ -51,6 +52,7 @@ def build() -> typer.Typer:
     batch.register(app)
     bench.register(app)
     config.register(app)
+    evaluate.register(app)
     keys.register(app)
     certs.register(app)
     kv.register(app)
