@@ -14,6 +14,16 @@ from bench.stats import gaps
 from penstock.errors import PenstockError, UnavailableError
 
 
+class Refused(PenstockError):
+    """The server said no before any text."""
+
+    def __init__(
+        self, text: str, *, status: int, retry_after_s: float | None, reason: str, took_s: float
+    ) -> None:
+        super().__init__(f"the server refused ({status}): {text}")
+        self.status, self.after_s, self.why, self.took_s = status, retry_after_s, reason, took_s
+
+
 @dataclass
 class Answer:
     """Times are seconds of the monotonic clock. An event is one chunk that carries text."""
@@ -74,15 +84,16 @@ class Client:
         *,
         max_tokens: int,
         begun: Callable[[], None] | None = None,
+        answer: Answer | None = None,
         **fields: Any,
     ) -> Answer:
-        """`begun` is called when the first text has come.
+        """`begun` is called when the first text has come; `answer` is filled as it comes.
 
         Raises PenstockError if the server refuses, breaks off, or answers without text.
         """
         messages = [{"role": "user", "content": content}]
         body = {"messages": messages, "max_tokens": max_tokens}
-        return await self._stream("/v1/chat/completions", body | fields, begun)
+        return await self._stream("/v1/chat/completions", body | fields, begun, answer)
 
     async def complete(self, tokens: Sequence[int], *, max_tokens: int, **fields: Any) -> Answer:
         """A prompt of these token ids, without a template. Raises as `chat`."""
@@ -90,7 +101,11 @@ class Client:
         return await self._stream("/v1/completions", body | fields)
 
     async def _stream(
-        self, path: str, body: dict[str, Any], begun: Callable[[], None] | None = None
+        self,
+        path: str,
+        body: dict[str, Any],
+        begun: Callable[[], None] | None = None,
+        answer: Answer | None = None,
     ) -> Answer:
         common = {
             "model": self.model,
@@ -100,12 +115,20 @@ class Client:
         }
         raw = orjson.dumps(common | body)
         headers = {"Content-Type": "application/json"}
-        answer = Answer(time.monotonic())
+        answer = answer or Answer(0.0)
+        answer.sent_s = time.monotonic()
         try:
             async with self._http.stream("POST", path, content=raw, headers=headers) as response:
                 if response.status_code != 200:
                     text = (await response.aread()).decode(errors="replace")[:300]
-                    raise PenstockError(f"the server refused ({response.status_code}): {text}")
+                    after = response.headers.get("Retry-After", "")
+                    raise Refused(
+                        text,
+                        status=response.status_code,
+                        retry_after_s=float(after) if after.isdigit() else None,
+                        reason=response.headers.get("X-Penstock-Reason", ""),
+                        took_s=time.monotonic() - answer.sent_s,
+                    )
                 rest = b""
                 async for piece in response.aiter_bytes():
                     now = time.monotonic()

@@ -13,6 +13,10 @@ from decode.credits import Ask, Credits, Need
 from penstock.errors import ContextLengthError, OverloadedError
 from penstock.request import Priority
 
+_TRUST = 0.75
+"""A line is joined if it is predicted to take this part of the longest wait: predictions err, and
+waiting in vain is worse than a refusal at once.
+"""
 __all__ = ["Admission", "Credit", "Need"]
 
 _SENTENCES = {
@@ -109,7 +113,8 @@ class Admission:
             )
         key = next(self._keys)
         try:
-            await self._wait(Ask(key, need, priority, tenant, timeout_s), timeout_s)
+            patience_s = _TRUST * timeout_s
+            await self._wait(Ask(key, need, priority, tenant, patience_s), timeout_s)
             try:
                 async with asyncio.timeout(self.grant_ttl_s) as unused:
                     yield Credit(key, need, self, lambda: unused.reschedule(None))

@@ -26,6 +26,9 @@ def register(app: typer.Typer) -> None:
     group.command("store", help="Bytes and lookups through the store, beside plain TCP.")(store)
     group.command("engine", help="Speed of a model, beside a plain matmul.")(engine)
     group.command("router", help="Routing decisions a second on one core.")(router)
+    group.command("overload", help="Three times the capacity, and no admission.")(overload)
+    group.command("interference", help="Time between tokens beside a long prompt.")(interference)
+    group.command("fairness", help="A short prompt beside long ones; unlike tenants.")(fairness)
     app.add_typer(group, name="bench")
 
 
@@ -224,6 +227,43 @@ def router(
     plan = bench.Plan(
         workers=workers, prefixes=prefixes, decisions=decisions, repeats=repeats, seed=seed
     )
+    report.publish(bench.run(plan), json_file)
+    return 0
+
+
+def overload(
+    json_file: Json = None,
+    factor: Annotated[float, typer.Option(min=0.1, help="Times the capacity.")] = 3.0,
+    seconds: Annotated[float, typer.Option(min=2, help="Of each load.")] = 20.0,
+    seed: Annotated[int | None, typer.Option(help="Of arrivals and prompts.")] = None,
+) -> int:
+    report, bench = _room("report"), _room("overload")
+    report.check_writable(json_file)
+    report.publish(bench.run(bench.Plan(factor=factor, seconds=seconds, seed=seed)), json_file)
+    return 0
+
+
+def interference(
+    json_file: Json = None,
+    streams: Annotated[int, typer.Option(min=1, max=64, help="Answers being written.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Long prompts, one after the other.")] = 3,
+    seed: Annotated[int | None, typer.Option(help="Of the prompts.")] = None,
+) -> int:
+    report, bench = _room("report"), _room("interference")
+    report.check_writable(json_file)
+    report.publish(bench.run(bench.Plan(streams=streams, rounds=rounds, seed=seed)), json_file)
+    return 0
+
+
+def fairness(
+    json_file: Json = None,
+    shorts: Annotated[int, typer.Option(min=1, help="Short prompts, alone and beside.")] = 12,
+    seconds: Annotated[float, typer.Option(min=2, help="Of the two tenants' load.")] = 20.0,
+    seed: Annotated[int | None, typer.Option(help="Of the prompts.")] = None,
+) -> int:
+    report, bench = _room("report"), _room("fairness")
+    report.check_writable(json_file)
+    plan = bench.Plan(shorts=shorts, tenant_seconds=seconds, seed=seed)
     report.publish(bench.run(plan), json_file)
     return 0
 
