@@ -1,8 +1,8 @@
 """Who holds cache memory: which waiting prompts come in, and which ones rest for them. Pure.
 
 - The order of claims: class (a tenant's class of which nobody has come in for long counts as the
-  best), then the tenant that has been served least, then first come, first served. Nobody of the
-  same kind overtakes the first that does not fit.
+  best), then the tenant that holds least, then first come, first served. Nobody of the same kind
+  overtakes the first that does not fit.
 - Small prompts (one step's tokens) have an eighth of the memory and a quarter of the slots that
   large ones leave alone, so that a large one never keeps a small one out. Beyond that they queue
   with everybody, so that small ones never keep a large one out.
@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from penstock.request import Priority
@@ -118,7 +118,6 @@ def plan_places(
     waiting: Sequence[Claim],
     holding: Sequence[Claim],
     room: Room,
-    leads: Mapping[bytes, float],
     *,
     now_s: float,
     ageing_s: float = AGEING_S,
@@ -130,18 +129,24 @@ def plan_places(
     enter: list[int] = []
     rest: list[Claim] = []
     held = {_flow(claim) for claim in holding}
+    places = Counter(claim.line.tenant for claim in holding)
 
     def order(claim: Claim) -> tuple[float, ...]:
         line = claim.line
         starved = _flow(claim) not in held and line.overdue(now_s, ageing_s)
         standing = Priority.INTERACTIVE if starved else line.priority
-        return standing, leads.get(line.tenant, 0.0), line.key
+        return standing, places[line.tenant], line.key
 
-    for claim in sorted(waiting, key=order):
+    left = list(waiting)
+    while left:
+        # Anew each time: who has come in counts for its tenant.
+        claim = min(left, key=order)
+        left.remove(claim)
         if books.waits(claim):
             continue
         if books.fits(claim):
             books.take(claim)
+            places[claim.line.tenant] += 1
             enter.append(claim.line.key)
             continue
         rest += _send(claim, holding, rest, books, now_s, ageing_s)

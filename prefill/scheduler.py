@@ -241,7 +241,6 @@ class PromptScheduler:
             [ticket.claim for ticket in self._waiting.values()],
             [ticket.claim for ticket in self._holding.values()],
             Room(self.capacity_bytes, self.max_running, self.chunk_tokens),
-            self._shares.view({ticket.wish.tenant for ticket in self._tickets.values()}).leads,
             now_s=self.clock(),
             ageing_s=self.ageing_s,
         )

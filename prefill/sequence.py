@@ -11,8 +11,10 @@ from typing import ParamSpec, TypeVar
 
 from model.engine import Buffer, Engine, Segment
 from model.engine import Sequence as EngineSequence
+from penstock.errors import PenstockError
 from prefill.planner import Chunk
 
+_ROUNDS_TO_GO_ON = 4
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -24,10 +26,26 @@ class ModelThread:
 
     def __init__(self, name: str) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self.pending = 0
+        """Pieces of work whose callers wait."""
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Cancelling the caller takes work that has not begun out of the line."""
-        return await asyncio.wrap_future(self._executor.submit(work, *args, **kwargs))
+        self.pending += 1
+        try:
+            return await asyncio.wrap_future(self._executor.submit(work, *args, **kwargs))
+        finally:
+            self.pending -= 1
+
+    async def let_in(self, rounds: int) -> None:
+        """What waits in the line is done, and what its callers ask for next, so many times."""
+        for _ in range(rounds):
+            if not self.pending:
+                return
+            await self.run(_nothing)
+            # Its callers get from one piece of work to the next in these.
+            for _ in range(_ROUNDS_TO_GO_ON):
+                await asyncio.sleep(0)
 
     async def close(self) -> None:
         """Ends the thread after what is in the line. May be called again."""
@@ -55,21 +73,25 @@ class StepWork:
 
 
 class PromptSequence:
-    """Owns the engine's sequence from `open` to `release` (which may be called again)."""
+    """Owns the engine's sequence from `open` to `release` (which may be called again).
+
+    Nothing goes to the thread before there is something to attach or to read: so a prompt that
+    comes while a step runs is ready for the next one.
+    """
 
     def __init__(self, engine: Engine, thread: ModelThread, *, capacity: int) -> None:
         self._engine = engine
         self._thread = thread
         self._capacity = capacity
         self._sequence: EngineSequence | None = None
+        self._is_open = False
 
     async def open(self) -> None:
-        # Cancelled or not, what the thread opened must be known here to be released.
-        await asyncio.shield(self._thread.run(self._open))
+        self._is_open = True
 
     async def reset(self) -> None:
         """Back to an empty sequence at position 0."""
-        await asyncio.shield(self._thread.run(self._reopen))
+        await self._thread.run(self._give_back)
 
     async def load_blocks(self, first: int, payloads: Sequence[Buffer]) -> None:
         await self._thread.run(self._load_blocks, first, payloads)
@@ -88,23 +110,24 @@ class PromptSequence:
         """Runs after whatever of this sequence is still in the line."""
         await self._thread.run(self._release)
 
+    # On the thread. Whatever is opened there is known here, so the caller may be cancelled.
+
     @property
     def _live(self) -> EngineSequence:
-        if self._sequence is None:
+        if not self._is_open:
             raise ValueError("this sequence is not open")
+        if self._sequence is None:
+            self._sequence = self._engine.open(self._capacity)
         return self._sequence
 
-    def _open(self) -> None:
-        self._sequence = self._engine.open(self._capacity)
-
     def _release(self) -> None:
+        self._is_open = False
+        self._give_back()
+
+    def _give_back(self) -> None:
         if self._sequence is not None:
             sequence, self._sequence = self._sequence, None
             self._engine.release(sequence)
-
-    def _reopen(self) -> None:
-        self._release()
-        self._open()
 
     def _load_blocks(self, first: int, payloads: Sequence[Buffer]) -> None:
         for offset, payload in enumerate(payloads):
@@ -120,20 +143,36 @@ class PromptSequence:
         return self._engine.export_state(self._live)
 
 
-def compute_step(engine: Engine, work: Sequence[StepWork]) -> list[ChunkOutput]:
-    """On the model thread: one forward for all of `work`, then what each of them completed."""
+def compute_step(engine: Engine, work: Sequence[StepWork]) -> list[ChunkOutput | Exception]:
+    """On the model thread: one forward for all of `work`, then what each of them completed.
+
+    An error stands for work whose sequence cannot be opened; raises what the forward raises.
+    """
+    outputs: list[ChunkOutput | Exception] = []
+    segments: list[Segment] = []
+    for item in work:
+        try:
+            segments.append(Segment(item.sequence._live, item.tokens, item.chunk.states_at))
+        except (PenstockError, ValueError) as error:
+            outputs.append(error)
+            continue
+        outputs.append(ChunkOutput(item.chunk, (), {}, 0.0))
     begun = time.perf_counter()
-    results = engine.forward(
-        [Segment(item.sequence._live, item.tokens, item.chunk.states_at) for item in work]
-    )
+    results = iter(engine.forward(segments))
     seconds = time.perf_counter() - begun
-    tokens = sum(len(item.tokens) for item in work)
+    tokens = sum(len(segment.tokens) for segment in segments)
     return [
-        ChunkOutput(
+        output
+        if isinstance(output, Exception)
+        else ChunkOutput(
             item.chunk,
             tuple(item.sequence._export_blocks(item.chunk.blocks)),
-            result.states,
+            next(results).states,
             seconds * len(item.tokens) / tokens,
         )
-        for item, result in zip(work, results, strict=True)
+        for item, output in zip(work, outputs, strict=True)
     ]
+
+
+def _nothing() -> None:
+    return

@@ -23,6 +23,10 @@ UNREAD_CHUNKS = 2
 """Chunks of one prompt that may wait for its task; then steps leave it out until it has come for
 them.
 """
+_ROUNDS_BETWEEN_STEPS = 4
+"""Of attaching and exporting: enough for a prompt whose prefix is short to be attached before the
+next step, too few to hold the step up.
+"""
 _log = logging.getLogger(__name__)
 
 
@@ -99,6 +103,7 @@ class Steps:
                 await self._step({reading.ticket.key: reading for reading in ready})
                 # Whoever came meanwhile, and whoever ended, is seen before the next plan.
                 await asyncio.sleep(0)
+                await self.thread.let_in(_ROUNDS_BETWEEN_STEPS)
         except Exception as error:
             _log.exception("the steps of the prefill worker ended")
             self._fail(list(self._readings), error)
@@ -123,17 +128,19 @@ class Steps:
         finally:
             for reading in readings:
                 reading.under_way = False
-        seconds = sum(output.seconds for output in outputs)
-        self.meter.observe(M.CHUNK_TIME, seconds)
         waiting = [reading.ticket for reading in self._readings]
+        read, seconds = 0, 0.0
         for reading, output in zip(readings, outputs, strict=True):
+            if isinstance(output, Exception):
+                self._fail([reading], output)
+                continue
+            tokens = output.chunk.end - output.chunk.start
+            read, seconds = read + tokens, seconds + output.seconds
             if reading in self._readings:
                 reading.outputs.append(output)
-                self.scheduler.served(
-                    reading.ticket, output.chunk.end - output.chunk.start, waiting
-                )
+                self.scheduler.served(reading.ticket, tokens, waiting)
                 reading.tell()
-        read = sum(output.chunk.end - output.chunk.start for output in outputs)
+        self.meter.observe(M.CHUNK_TIME, seconds)
         self.scheduler.measured(read, seconds)
 
     def _fail(self, readings: Sequence[Reading], error: Exception) -> None:

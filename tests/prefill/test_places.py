@@ -29,7 +29,7 @@ class Places(RuleBasedStateMachine):
 
     def plan(self) -> Moves:
         moves = plan_places(
-            list(self.waiting.values()), list(self.holding.values()), ROOM, {}, now_s=self.now_s
+            list(self.waiting.values()), list(self.holding.values()), ROOM, now_s=self.now_s
         )
         for key in moves.enter:
             self.holding[key] = replace(self.waiting.pop(key), got_on=False)
@@ -103,35 +103,41 @@ def test_large_prompts_leave_room_for_small_ones_or_rest_for_them(
     sizes: list[int], priority: Priority
 ) -> None:
     waiting = [claim(key, size, priority) for key, size in enumerate(sizes)]
-    first = plan_places(waiting, [], ROOM, {}, now_s=0.0)
+    first = plan_places(waiting, [], ROOM, now_s=0.0)
     holding = [c for c in waiting if c.line.key in first.enter]
     small = claim(99, 80, priority)
-    moves = plan_places([small, *waiting[len(holding) :]], holding, ROOM, {}, now_s=1.0)
+    moves = plan_places([small, *waiting[len(holding) :]], holding, ROOM, now_s=1.0)
     if 99 not in moves.enter:
         assert moves.rest, "a small prompt waits for a large one's end"
         (alone,) = holding
         assert alone.size_bytes > CAPACITY - ROOM.small_bytes
-        back = plan_places([small], [], ROOM, {}, now_s=2.0)
+        back = plan_places([small], [], ROOM, now_s=2.0)
         assert back.enter == (99,)
 
 
 def test_a_better_class_sends_a_worse_one_to_rest_and_not_the_other_way_round() -> None:
     batch = claim(1, 700, Priority.BATCH)
-    moves = plan_places([claim(2, 600)], [batch], ROOM, {}, now_s=1.0)
+    moves = plan_places([claim(2, 600)], [batch], ROOM, now_s=1.0)
     assert moves == Moves(rest=(1,))
-    again = plan_places([claim(2, 600)], [replace(batch, resting=True)], ROOM, {}, now_s=1.0)
+    again = plan_places([claim(2, 600)], [replace(batch, resting=True)], ROOM, now_s=1.0)
     assert again == Moves(), "once is enough"
-    back = plan_places([batch], [claim(2, 600)], ROOM, {}, now_s=1.0)
+    back = plan_places([batch], [claim(2, 600)], ROOM, now_s=1.0)
     assert back == Moves()
 
 
 def test_who_has_not_got_on_or_is_overdue_is_not_sent_to_rest() -> None:
     fresh = replace(claim(1, 700, Priority.BATCH), got_on=False)
-    assert plan_places([claim(2, 600)], [fresh], ROOM, {}, now_s=1.0) == Moves()
+    assert plan_places([claim(2, 600)], [fresh], ROOM, now_s=1.0) == Moves()
     late = claim(1, 700, Priority.BATCH, since_s=0.0)
     now_s = 3 * AGEING_S
     waiting = claim(2, 600, since_s=now_s)
-    assert plan_places([waiting], [late], ROOM, {}, now_s=now_s) == Moves()
+    assert plan_places([waiting], [late], ROOM, now_s=now_s) == Moves()
+
+
+def test_places_go_to_the_tenant_that_holds_least() -> None:
+    waiting = [claim(key, 110) for key in range(9)]
+    waiting.append(Claim(Line(9, b"b", Priority.NORMAL, 110, 0.0), 110))
+    assert plan_places(waiting, [], ROOM, now_s=0.0).enter[:3] == (0, 9, 1)
 
 
 def test_small_ones_do_not_keep_a_large_one_out_for_ever() -> None:
@@ -148,7 +154,6 @@ def test_small_ones_do_not_keep_a_large_one_out_for_ever() -> None:
             list(waiting.values()),
             [claim(key, 600 if key == large else 100) for key in holding],
             ROOM,
-            {},
             now_s=0.0,
         )
         for key in moves.enter:
@@ -168,8 +173,8 @@ def test_small_ones_do_not_keep_a_large_one_out_for_ever() -> None:
 def test_a_tenant_that_fills_the_worker_makes_room_for_another_one_s_first() -> None:
     much = [claim(key, 200) for key in range(3)]
     other = Claim(Line(9, b"b", Priority.NORMAL, 300, 0.0), 300)
-    moves = plan_places([other], much, ROOM, {}, now_s=1.0)
+    moves = plan_places([other], much, ROOM, now_s=1.0)
     assert moves.rest and len(moves.rest) < 3
     second = Claim(Line(10, b"b", Priority.NORMAL, 700, 0.0), 700)
     held = [claim(1, 200), Claim(other.line, 300, got_on=True)]
-    assert plan_places([second], held, ROOM, {}, now_s=1.0) == Moves(), "each has one"
+    assert plan_places([second], held, ROOM, now_s=1.0) == Moves(), "each has one"
