@@ -46,7 +46,7 @@ def test_a_permuted_head_knows_nothing(tmp_path: Path) -> None:
     )
     assert main(["eval", "needle", "ledger", *flags.split()]) == 0
     got = shares(report)["exact match"]
-    assert got["n"] == 11 and got["hits"] == 0
+    assert got["n"] == 22 and got["hits"] == 0
 
 
 @pytest.mark.parametrize(
