@@ -140,7 +140,7 @@ async def _parts(
     )
     try:
         return (
-            await plan_row(reader, repeats=repeats),
+            await plan_row(reader, shape, repeats=repeats),
             await overlap_row(writer, reader, shape, chunk_blocks=chunk_blocks),
         )
     finally:

@@ -84,6 +84,17 @@ class StoreClient:
                 found[place] = present
         return found
 
+    async def evicted(self, ids: Sequence[bytes]) -> list[bool]:
+        check_all(ids)
+        found: list[bool] = []
+        for start in range(0, len(ids), MAX_IDS_PER_CALL):
+            some = ids[start : start + MAX_IDS_PER_CALL]
+            request = kv_pb2.HasRequest(ids=some, explain=True)
+            response = await self._calls.call("Has", request, kv_pb2.HasResponse)
+            # A node of before this field says nothing.
+            found += self._calls.flags(response.evicted or bytes(len(some)), some)
+        return found
+
     async def put(
         self, item: StoreObject, *, owner: str, lease_ttl_s: float, rolling: bool = False
     ) -> bool:

@@ -105,6 +105,14 @@ class StoreNode:
             present = list(map(operator.or_, present, self._disk.catalog.has(ids)))
         return present
 
+    def evicted(self, ids: Sequence[bytes]) -> list[bool]:
+        """Which of them are nowhere here now, but had to make room lately."""
+        tiers = [tier for tier in self.catalogues() if tier is not None]
+        return [
+            not here and any(tier.evicted([id_])[0] for tier in tiers)
+            for id_, here in zip(ids, self.has(ids), strict=True)
+        ]
+
     def lease(self, ids: Sequence[bytes], *, owner: str, ttl_s: float) -> list[bool]:
         check_ids(ids)
         check_owner(owner, needed=ttl_s > 0)

@@ -68,7 +68,8 @@ class KvStoreService:
     async def _has(self, request: kv_pb2.HasRequest) -> kv_pb2.HasResponse:
         present = bytes(self._node.has(request.ids))
         trace.note(ids=len(present), present=sum(present))
-        return kv_pb2.HasResponse(present=present, epoch=self._node.epoch)
+        evicted = bytes(self._node.evicted(request.ids)) if request.explain else b""
+        return kv_pb2.HasResponse(present=present, epoch=self._node.epoch, evicted=evicted)
 
     async def _lease(self, request: kv_pb2.LeaseRequest) -> kv_pb2.LeaseResponse:
         check_owner(request.owner, needed=True)

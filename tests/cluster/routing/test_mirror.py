@@ -14,7 +14,8 @@ from cluster.routing.mirror import Came, Mirror
 from cluster.routing.routed import InFlight, Seen
 from penstock.blocks import BLOCK_TOKENS, STATE_ALIGN_TOKENS, ObjectKind
 from penstock.identity import Chain
-from prefill.planner import best_resume, resume_candidates
+from prefill.planner import resume_candidates
+from tests.prefill.oracle import best_resume
 
 ROOT = Chain.start(b"f" * 32, b"n" * 32)
 NODES = ("a", "b", "c")
@@ -53,7 +54,7 @@ OBJECTS = sorted(
 
 
 class MirrorMachine(RuleBasedStateMachine):
-    """Any order of comings and goings, told twice or never; the oracle is prefill's own planner."""
+    """Any order of comings and goings, told twice or never; the oracle is restore's own."""
 
     def __init__(self) -> None:
         super().__init__()
