@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
+from cluster.queues import table
 from penstock.settings import format_size
 
 _HEAD = """# Limits
@@ -257,7 +258,7 @@ def page() -> str:
                 f"| {limit.what}{mark} | {limit.shown} | `{limit.where}` | {limit.beyond} |"
             )
         lines.append("")
-    return "\n".join(lines).rstrip() + "\n" + _FOOT
+    return "\n".join(lines).rstrip() + "\n\n" + table() + _FOOT
 
 
 def main(write: Callable[[str], object] = print) -> int:
