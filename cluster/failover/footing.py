@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from cluster.contracts import WorkerView
 from cluster.failover.patience import Patience, Suspects
-from cluster.policy import DECODE, PREFILL, Route, Shape
+from cluster.policy import DECODE, PREFILL, Decision, Route, Shape
 from cluster.router import Router
 from cluster.routing.charge import Charged
 from cluster.workers import Hold
@@ -36,6 +36,8 @@ class Ground:
     suspects: Suspects = field(default_factory=Suspects)
     failovers: Counter[str] = field(default_factory=Counter)
     """How often a request went to another worker, by the role of the one that failed."""
+    has_served: bool = False
+    """Has there ever been a route?"""
     lost_tokens: int = 0
     """Prompt tokens that were committed and yet computed again."""
 
@@ -49,14 +51,8 @@ class Ground:
     async def footing(self, request: Request, attempt: int) -> AsyncIterator[Footing]:
         """A request's workers, from the decision to its end. Raises `WorkerUnavailableError`."""
         shape = Shape(prompt_tokens=len(request.token_ids), max_tokens=request.stop.max_tokens)
-        workers = await self.router.workers()
-        avoid = self.suspects.among(workers, time.monotonic())
-        try:
-            decision = await self.router.route(shape, avoid=avoid)
-        except WorkerUnavailableError:
-            if not avoid:
-                raise
-            decision = await self.router.route(shape)
+        with trace.span("route"):
+            decision = await self._first(shape)
         standing = Footing(self, request, shape, decision.route, attempt)
         try:
             standing.charged = self.router.charge(decision)
@@ -64,6 +60,22 @@ class Ground:
             yield standing
         finally:
             await standing.leave()
+
+    async def _first(self, shape: Shape) -> Decision:
+        """Waits for workers only if there have been some: then they are on their way back."""
+        patience = Patience(self.window_s)
+        while True:
+            workers = await self.router.workers(fresh=bool(patience.failures))
+            avoid = self.suspects.among(workers, time.monotonic())
+            try:
+                decision = await self.router.route(shape, avoid=avoid)
+            except WorkerUnavailableError as error:
+                if not self.has_served:
+                    raise
+                await asyncio.sleep(patience.failed(error, time.monotonic()))
+                continue
+            self.has_served = True
+            return decision
 
 
 class Footing:
