@@ -188,7 +188,7 @@ INSIDE = (
           _DATA + "test_strangers_learn_nothing_and_are_counted", "s"),
     Limit("a ticket that nobody uses", "kvstore.server:TICKET_S", "what it reserved is given back",
           _DATA + "test_a_ticket_is_good_once_for_its_purpose_and_not_for_long", "s"),
-    Limit("objects of one offer", "kvstore.service:MOST_OFFERED", "`INVALID_ARGUMENT`",
+    Limit("objects of one offer", "kvstore.offers:MOST_OFFERED", "`INVALID_ARGUMENT`",
           _DATA + "test_a_ticket_is_good_once_for_its_purpose_and_not_for_long"),
     Limit("data connections of one client", "kvstore.data.dialer:MOST_LINKS", "gRPC",
           _DATA + "test_many_at_once_come_whole_and_in_order"),

@@ -16,6 +16,7 @@ from kvstore.get_shared import SharedReader
 from kvstore.index.redis import RedisIndex
 from kvstore.node import check_ids
 from kvstore.put_call import Putter
+from kvstore.put_shared import SharedWriter
 from kvstore.receipt import Receipts
 from penstock.blocks import CacheLayout
 from penstock.errors import IndexUnavailableError
@@ -60,7 +61,8 @@ class StoreClient:
         self._receipts = Receipts(fingerprint=fingerprint, layout=layout, meter=meter)
         self._calls = NodeCalls(address, timeout_s=call_timeout_s, peers=peers)
         self._getter = Getter(self._calls, self._receipts, self._shared, self._dialer, buffers)
-        self._putter = Putter(self._calls, self._receipts, self._dialer)
+        self._writer = SharedWriter(self._shared.host)
+        self._putter = Putter(self._calls, self._receipts, self._dialer, self._writer)
 
     @property
     def integrity_failures(self) -> int:
@@ -164,6 +166,7 @@ class StoreClient:
         await self._calls.close()
         self._dialer.close()
         self._shared.close()
+        self._writer.close()
         if self._own_index is not None:
             await self._own_index.close()
 

@@ -172,8 +172,10 @@ class StoreNode:
                 return None
             await self._committed(id_, deadline)
 
-    def shared(self, found: OpenGet) -> tuple[Arena, int] | None:
-        """Where a reader on this host finds the bytes; None if they are not in shared memory."""
+    def shared(self, found: OpenGet | OpenPut) -> tuple[Arena, int] | None:
+        """Where a reader or writer on this host finds the bytes; None if they are not in shared
+        memory.
+        """
         arena = self._memory.arena
         offset = None if arena is None else arena.offset_of(found.data)
         return None if arena is None or offset is None else (arena, offset)

@@ -385,11 +385,14 @@ DATA_FALLBACKS = Metric(
     WORKERS,
     "Transfers that went on over gRPC: the data port was `unreachable`, all connections `busy`, the"
     " connection `cut` or `silent`, a chunk `damaged` or `garbage`, `tls` failed; `resting`: one of"
-    " these a moment before",
+    " these a moment before; a writer could not write into the node's `memory`",
     (
         Label(
             "reason",
-            ("unreachable", "busy", "cut", "silent", "damaged", "garbage", "tls", "resting"),
+            (
+                *("unreachable", "busy", "cut", "silent", "damaged", "garbage", "tls"),
+                *("resting", "memory"),
+            ),
         ),
     ),
     still="the data port can be reached",
