@@ -78,6 +78,7 @@ _HOSTILE = "tests/cluster/test_hostile_http.py::"
 _BOUNDS = "tests/cluster/test_limits.py::"
 _WIRE = "tests/kvstore/test_wire_rules.py::"
 _DATA = "tests/kvstore/data/test_transfer.py::"
+_PASSAGE = "tests/cluster/routing/test_passage.py::"
 _DISK = "tests/kvstore/disk/test_tier.py::"
 
 CONNECTION = (
@@ -200,6 +201,13 @@ INSIDE = (
     Limit("workers in the directory", "kvstore.max_workers", "`RESOURCE_EXHAUSTED`",
           "tests/kvstore/test_directory.py::"
           "test_entries_that_nobody_could_call_are_refused_in_a_sentence"),
+    Limit("decisions that a front remembers", "cluster.routing.told:MOST_DECISIONS",
+          "the oldest is forgotten",
+          _PASSAGE + "test_decisions_are_bounded_private_and_survive_json"),
+    Limit("blocks whose workers `block-overlap` remembers",
+          "cluster.routing.routed:MOST_SEEN_BLOCKS", "the longest unseen is forgotten",
+          "tests/cluster/routing/test_mirror.py::"
+          "test_what_was_routed_longest_ago_is_forgotten_first"),
 )  # fmt: skip
 _BATCH = "tests/cluster/batch/test_batch_service.py::"
 _SIZES = _BATCH + "test_limits_of_size_and_number_hold"
