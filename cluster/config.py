@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
+from cluster.autoscale import AutoscalingSection
 from cluster.batch.config import BatchSection
 from cluster.policy import RoutingPolicy
 from kvstore.config import StoreConfig
@@ -142,6 +143,7 @@ class ModelSection(ModelSpec):
 
 class PrefillSection(Section):
     replicas: int = Field(default=1, ge=1)
+    autoscaling: AutoscalingSection = AutoscalingSection()
     chunk_tokens: int = Field(default=2048, ge=16)
     max_running: int = Field(default=8, ge=1)
     max_queued: int = Field(default=256, ge=0)
@@ -150,6 +152,7 @@ class PrefillSection(Section):
 
 class DecodeSection(Section):
     replicas: int = Field(default=1, ge=1)
+    autoscaling: AutoscalingSection = AutoscalingSection()
     max_running: int = Field(default=16, ge=1)
     max_queued: int = Field(default=256, ge=0)
     grant_ttl_s: float = Field(default=120.0, gt=0)

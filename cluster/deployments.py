@@ -14,15 +14,40 @@ from ray.serve.config import RequestRouterConfig
 
 from cluster.config import ClusterConfig
 from cluster.pools import MAX_HOLDS, TargetedRouter
+from cluster.scaler import serve_config
 
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 # Serve's decorator with a class as its first argument; its stubs know only the other form.
 _deployment = cast(Any, serve.deployment)
 
 
-def pool(replica: type, told: Any, *, role: str, config: ClusterConfig, retries: int) -> Any:
-    """The application of one pool; a replica is a worker with all its ranks."""
-    replicas = config.prefill.replicas if role == "prefill" else config.decode.replicas
+def pool(
+    replica: type,
+    told: Any,
+    *,
+    role: str,
+    config: ClusterConfig,
+    retries: int,
+    store_address: str,
+    secrets: bool,
+) -> Any:
+    """The application of one pool; a replica is a worker with all its ranks.
+
+    `secrets`: the autoscaler may be told the cluster's token; else it reads that in the environment
+    of Serve's controller.
+    """
+    section = config.prefill if role == "prefill" else config.decode
+    size: dict[str, Any] = {"num_replicas": section.replicas}
+    if section.autoscaling.enabled:
+        size = {
+            "autoscaling_config": serve_config(
+                section.autoscaling,
+                role=role,
+                replicas=section.replicas,
+                store_address=store_address,
+                peers=config.tls if secrets or config.tls.cluster_token is None else None,
+            )
+        }
     ranks = config.parallel.of_role(role).world
     gpus = 1 if config.model.device == "cuda" else 0
     extra = _own_resource(role, config)
@@ -38,7 +63,6 @@ def pool(replica: type, told: Any, *, role: str, config: ClusterConfig, retries:
     deployment = _deployment(
         replica,
         name=role,
-        num_replicas=replicas,
         max_ongoing_requests=MAX_HOLDS,
         max_constructor_retry_count=retries,
         health_check_period_s=2.0,
@@ -47,6 +71,7 @@ def pool(replica: type, told: Any, *, role: str, config: ClusterConfig, retries:
         graceful_shutdown_wait_loop_s=0.2,
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus, "resources": extra},
         **placement,
+        **size,
         request_router_config=router,
         logging_config=QUIET,
     )

@@ -37,13 +37,25 @@ _POLL_S = 0.5
 def prefill(args: dict[str, Any]) -> Any:
     """The prefill pool. Raises `UsageError` for settings that cannot be."""
     config = _joined(args)
-    return deployments.pool(PrefillOfService, args, role=PREFILL, config=config, retries=_RETRIES)
+    return _pool(PrefillOfService, args, PREFILL, config)
 
 
 def decode(args: dict[str, Any]) -> Any:
     """The decode pool. Raises `UsageError` for settings that cannot be."""
     config = _joined(args)
-    return deployments.pool(DecodeOfService, args, role=DECODE, config=config, retries=_RETRIES)
+    return _pool(DecodeOfService, args, DECODE, config)
+
+
+def _pool(replica: type, args: dict[str, Any], role: str, config: ClusterConfig) -> Any:
+    return deployments.pool(
+        replica,
+        args,
+        role=role,
+        config=config,
+        retries=_RETRIES,
+        store_address=_store_of(config),
+        secrets=False,
+    )
 
 
 def front(args: dict[str, Any]) -> Any:

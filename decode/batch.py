@@ -58,6 +58,8 @@ class Batch:
         self._stopping = False
         self.steps = 0
         self.generated_tokens = 0
+        self.step_s = 0.0
+        """Of late, on average."""
         self.drafts = DraftCounts()
 
     @property
@@ -143,7 +145,9 @@ class Batch:
     def _step(self, streams: tuple[Stream, ...]) -> list[Outcome]:
         begun = time.perf_counter()
         outcomes = self._stepper.step(streams)
-        self._meter.observe(M.STEP_TIME, time.perf_counter() - begun)
+        took_s = time.perf_counter() - begun
+        self._meter.observe(M.STEP_TIME, took_s)
+        self.step_s = 0.9 * self.step_s + 0.1 * took_s if self.step_s else took_s
         return outcomes
 
     def _do_work(self, most: int) -> list[_Work]:

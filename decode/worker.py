@@ -220,6 +220,8 @@ class DecodeWorker:
             "queued": float(admission.queued),
             "reserved_bytes": float(admission.reserved_bytes),
             "pages": float(admission.pages),
+            "slots": float(admission.max_running),
+            "step_s": self.batch.step_s,
         }
         if self._engine.info.draft_tokens:
             values |= self.batch.drafts.metrics()

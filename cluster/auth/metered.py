@@ -15,7 +15,6 @@ from typing import Any, cast
 
 from cluster.auth.limiter import Admission
 from cluster.contracts import Readiness, ServedModel, Service, WorkerView
-from cluster.routing.told import Told
 from penstock.request import Event, Finish, Progress, Request, TokenChunk
 
 _current: ContextVar[Admission | None] = ContextVar("penstock_admission", default=None)
@@ -76,9 +75,6 @@ class MeteredService:
 
     async def workers(self) -> list[WorkerView]:
         return await self._service.workers()
-
-    async def route_told(self, request_id: str, *, tenant: bytes) -> Told | None:
-        return await self._service.route_told(request_id, tenant=tenant)
 
     async def store_stat(self) -> dict[str, float]:
         return await self._service.store_stat()

@@ -22,7 +22,6 @@ from cluster.cli import (
     demo,
     doctor,
     evaluate,
-    explain,
     fetch,
     keys,
     kv,
@@ -48,7 +47,7 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     app.callback(help="Serves DeepSeek-V4-class models with million-token context.")(_root)
-    for group in (serve, kvstore, fetch, demo, ask, run_batch, logits, doctor, simulate, explain):
+    for group in (serve, kvstore, fetch, demo, ask, run_batch, logits, doctor, simulate):
         group.register(app)
     batch.register(app)
     bench.register(app)

@@ -62,6 +62,30 @@ def simulate(
         float, typer.Option(min=0, help="Seconds between tokens, a request's mean.")
     ] = 0.1,
     seed: Annotated[int, typer.Option(help="Of a generated trace.")] = 0,
+    overload: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOADS",
+            help="Goodput at these multiples of the load, as 0.5,1,3, with admission and without.",
+        ),
+    ] = None,
+    autoscale_prefill: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=VALUE,...",
+            help="Scale the prefill pool: min_replicas=1,max_replicas=8,queue_s=2,...",
+        ),
+    ] = None,
+    autoscale_decode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=VALUE,...",
+            help="Scale the decode pool: min_replicas=1,max_replicas=8,token_gap_ms=50,...",
+        ),
+    ] = None,
+    start_s: Annotated[
+        float, typer.Option(min=0, help="Seconds until a worker that was asked for takes work.")
+    ] = 30.0,
     against: Annotated[
         str | None,
         typer.Option(
@@ -108,6 +132,7 @@ def simulate(
         eviction=_eviction(eviction),
         slo=Slo(slo_ttft, slo_itl),
         max_tokens=max_tokens,
+        scaling=_scaling(autoscale_prefill, autoscale_decode, start_s),
     )
     if against is not None:
         if plot is not None or len(names) > 1:
@@ -118,6 +143,8 @@ def simulate(
         }
         light = open_trace(fit_on, seed=seed + 1)
         return _compare(replace(plan, policy=names[0]), found, light, against, speeds, json_file)
+    if overload is not None:
+        return _overload(replace(plan, policy=names[0]), found, overload, json_file, plot)
     began_s = time.perf_counter()
     results = _run(plan, found, names)
     took_s = time.perf_counter() - began_s
@@ -139,6 +166,40 @@ def simulate(
         report.write_json(json_file, results, settings=settings)
     if plot is not None:
         plots.plot(plot, results, title=title)
+    return 0
+
+
+def _overload(plan: Plan, found: Any, loads: str, json_file: Path | None, plot: Path | None) -> int:
+    import json
+
+    from cluster.simulate import plot as plots
+    from cluster.simulate import report
+    from cluster.simulate.overload import sweep
+
+    try:
+        speeds = [float(part) for part in loads.split(",")]
+    except ValueError:
+        speeds = []
+    if not speeds or not all(0 < speed < 1e6 for speed in speeds):
+        raise UsageError(f"--overload {loads[:40]!a}: multiples of the load, as 0.5,1,2,3")
+    points = sweep(plan, found, speeds)
+    title = (
+        f"{found.name}: {len(found.requests):,} requests, {plan.prefill} + {plan.decode} workers"
+    )
+    report.show_sweep(points, title=title)
+    if json_file is not None:
+        rows = [
+            {
+                "speed": point.speed,
+                "offered": point.offered,
+                "admission": point.admitted.to_json(),
+                "without": point.everything.to_json(),
+            }
+            for point in points
+        ]
+        json_file.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if plot is not None:
+        plots.plot_sweep(plot, points, title=title)
     return 0
 
 
@@ -232,12 +293,34 @@ def _capacity(text: str, unique: int) -> int | None:
     return size
 
 
-def _pairs(given: list[str]) -> dict[str, str]:
+def _scaling(prefill: str | None, decode: str | None, start_s: float) -> Any:
+    from cluster.autoscale import AutoscalingSection
+    from cluster.simulate.scaling import Scaling
+    from penstock.settings import validated
+
+    def section(text: str | None, flag: str) -> AutoscalingSection | None:
+        if text is None:
+            return None
+        values = _pairs([part for part in text.split(",") if part.strip()], flag)
+        return validated(
+            AutoscalingSection, values | {"enabled": True}, dict.fromkeys(values, flag)
+        )
+
+    if prefill is None and decode is None:
+        return None
+    return Scaling(
+        prefill=section(prefill, "--autoscale-prefill"),
+        decode=section(decode, "--autoscale-decode"),
+        start_s=start_s,
+    )
+
+
+def _pairs(given: list[str], flag: str = "--set") -> dict[str, str]:
     pairs = [each.partition("=") for each in given]
     for name, sign, _ in pairs:
         if not sign:
-            raise UsageError(f"--set {name[:40]!a} must be NAME=VALUE, as decode_step_s=0.01")
-    return {name: value for name, _, value in pairs}
+            raise UsageError(f"{flag} {name[:40]!a} must be NAME=VALUE, as decode_step_s=0.01")
+    return {name.strip(): value for name, _, value in pairs}
 
 
 def _check_writable(path: Path | None) -> None:

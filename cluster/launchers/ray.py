@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from cluster.autoscale import most_replicas
 from cluster.config import ClusterConfig
 from cluster.contracts import Endpoint
 from cluster.launchers.common import (
@@ -120,7 +121,10 @@ class RayLauncher:
     def _cpus_wanted(self) -> int:
         """Ray counts, it does not measure: one for every rank and front, and Serve's own."""
         config = self._config
-        workers = {"prefill": config.prefill.replicas, "decode": config.decode.replicas}
+        workers = {
+            "prefill": most_replicas(config.prefill.replicas, config.prefill.autoscaling),
+            "decode": most_replicas(config.decode.replicas, config.decode.autoscaling),
+        }
         ranks = sum(n * config.parallel.of_role(role).world for role, n in workers.items())
         return ranks + config.front.replicas + 2
 
@@ -156,7 +160,15 @@ class RayLauncher:
         for role, replica in (("prefill", PrefillReplica), ("decode", DecodeReplica)):
             spec = worker_spec(config, role=role, worker_id=role, store_address=store_address)
             told = spec.model_dump_json()
-            app = deployments.pool(replica, told, role=role, config=config, retries=retries)
+            app = deployments.pool(
+                replica,
+                told,
+                role=role,
+                config=config,
+                retries=retries,
+                store_address=store_address,
+                secrets=True,
+            )
             targets.append(serve.RunTarget(app, name=role, route_prefix=None))
         told = front_spec(config, store_address=store_address).model_dump_json()
         app = deployments.front(FrontReplica, told, config=config)

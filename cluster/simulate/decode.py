@@ -72,6 +72,13 @@ class DecodeWorker:
     def idle(self) -> bool:
         return not self.credits.running and not self.credits.queued
 
+    @property
+    def use(self) -> float:
+        """Share of slots or memory that is asked for, whichever is larger."""
+        credits, costs = self.credits, self._costs
+        slots = (credits.running + credits.queued) / costs.decode_running
+        return max(slots, credits.reserved_bytes / costs.decode_memory_bytes)
+
     def reserve(self, life: Life) -> None:
         """Grants (the flow hears it through `on_granted`), now or later, or refuses."""
         costs, now = self._costs, self._clock.now

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.simulate.figures import Result
+from cluster.simulate.overload import Point
 from penstock.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,6 +46,22 @@ def plot(path: Path, results: Mapping[str, Result], *, title: str) -> None:
     pools.set_ylabel("workers: prefill (solid), decode (dashed)")
     pools.set_ylim(bottom=0)
     pools.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def plot_sweep(path: Path, points: Sequence[Point], *, title: str) -> None:
+    """Goodput over load, with admission and without."""
+    figure, axis = _figure(1, 1, title)
+    offered = [point.offered for point in points]
+    axis.plot(offered, offered, ":", color="gray", label="offered")
+    axis.plot(offered, [p.admitted.goodput for p in points], "o-", label="admission")
+    axis.plot(offered, [p.everything.goodput for p in points], "s--", label="everybody is let in")
+    axis.set_xlabel("requests/s offered")
+    axis.set_ylabel("requests/s within the SLO")
+    most = max(point.admitted.goodput for point in points)
+    axis.set_ylim(0, 1.3 * most if most else 1)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
     _save(figure, path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.simulate.figures import Result
+from cluster.simulate.overload import Point
 
 _LEAST_WIDTH = 200
 
@@ -53,6 +54,30 @@ def show(results: Mapping[str, Result], *, title: str, console: Console | None =
         table.add_column(name, justify="right", no_wrap=True)
     for figure in shown[0]:
         table.add_row(figure, *(each[figure] for each in shown))
+    console.print(title, soft_wrap=True, highlight=False)
+    console.print(table)
+
+
+def show_sweep(points: Sequence[Point], *, title: str, console: Console | None = None) -> None:
+    """A row for each load."""
+    console = console or Console(width=max(Console().width, _LEAST_WIDTH))
+    table = Table(title_justify="left")
+    for name in ("load", "offered/s", "goodput/s: admission", "without", "within the SLO, of all",
+                 "without", "refused", "TTFT p99 of the served, s", "without"):  # fmt: skip
+        table.add_column(name, justify="right", no_wrap=True)
+    for point in points:
+        ours, all_in = point.admitted, point.everything
+        table.add_row(
+            f"{point.speed:g}x",
+            _number(point.offered),
+            _number(ours.goodput),
+            _number(all_in.goodput),
+            f"{100 * ours.within:.0f} %",
+            f"{100 * all_in.within:.0f} %",
+            f"{100 * (1 - ours.served / max(1, ours.requests)):.0f} %",
+            _number(ours.ttft_s["p99"]),
+            _number(all_in.ttft_s["p99"]),
+        )
     console.print(title, soft_wrap=True, highlight=False)
     console.print(table)
 

@@ -27,8 +27,12 @@ from cluster.routing.routed import WORTH_WAITING_TOKENS, InFlight, Reading, Seen
 from cluster.simulate.costs import Costs
 from cluster.simulate.life import Life
 from cluster.simulate.store import SimStore
+from prefill.planner import retained_positions
 
 _FINGERPRINT = bytes(32)
+_LEAST_SEQUENCE_S = 1e-6
+"""A router that was told that company costs nothing would fill one worker's slots before it looks
+at the next."""
 
 
 @dataclass
@@ -59,7 +63,7 @@ class SimRouter:
             pair_s=costs.prefill_context_s,
             fetch_bytes_per_s=costs.fetch_bytes_per_s,
             step_s=costs.decode_step_s,
-            sequence_s=costs.decode_stream_s,
+            sequence_s=max(costs.decode_stream_s, _LEAST_SEQUENCE_S),
         )
         coefficients = {view.worker_id: known for view in views}
         others = dict.fromkeys(coefficients, NO_LOAD)
@@ -75,7 +79,8 @@ class SimRouter:
         routed = _Routed(Charged(self._board, decision.route, shape, resident))
         worker = decision.route.prefill.worker_id
         if self._is_long(request.prompt_tokens - resident.resumable_tokens):
-            routed.reading = self._in_flight.begin(worker, request.blocks)
+            resumable = retained_positions(request.prompt_tokens)
+            routed.reading = self._in_flight.begin(worker, request.blocks, resumable)
         if self._overlap:
             self._seen.note(worker, request.blocks)
         self._routed[life] = routed

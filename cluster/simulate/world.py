@@ -9,6 +9,7 @@ refused, and then holds nothing.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.policy import DECODE, PREFILL, RoutingPolicy
@@ -19,6 +20,7 @@ from cluster.simulate.figures import PERCENTILES, Gaps, PoolUse, Result, Slo, me
 from cluster.simulate.life import Life
 from cluster.simulate.prefill import PrefillWorker
 from cluster.simulate.routing import SimRouter
+from cluster.simulate.scaling import Scaler, Scaling
 from cluster.simulate.store import SimStore
 from cluster.simulate.trace import SimRequest, Trace
 from kvstore.policy.choice import Eviction
@@ -39,6 +41,8 @@ class Plan:
     slo: Slo = field(default_factory=Slo)
     max_tokens: int | None = None
     """What clients ask for; None: exactly what they get."""
+    scaling: Scaling | None = None
+    """None: the pools keep their sizes."""
 
 
 class World:
@@ -61,7 +65,8 @@ class World:
         self._gaps = Gaps()
         self._ended = 0
         self._paid: dict[str, float] = {PREFILL: 0.0, DECODE: 0.0}
-        self._gone_busy_s: dict[str, float] = {PREFILL: 0.0, DECODE: 0.0}
+        self._gone: dict[str, list[PrefillWorker | DecodeWorker]] = {PREFILL: [], DECODE: []}
+        self._open: dict[Life, None] = {}
         self._counted_s = 0.0
         self._most: dict[str, int] = {PREFILL: 0, DECODE: 0}
         self._series: list[tuple[float, int, int]] = []
@@ -70,10 +75,13 @@ class World:
             for _ in range(count):
                 self._new(role)
         self._changed()
+        self._scaler = None if plan.scaling is None else Scaler(plan.scaling)
 
     def run(self) -> Result:
         for request in self._trace.requests:
             self.clock.at(request.arrival_s, self._arrive, request)
+        if self._scaler is not None:
+            self.clock.after(self._scaler.plan.tick_s, self._scale)
         self.clock.run()
         return self._result()
 
@@ -83,6 +91,7 @@ class World:
         reserve = request.prompt_tokens + (self.plan.max_tokens or request.output_tokens)
         life = Life(request, self._on_end, max(reserve, request.prompt_tokens + 1))
         self.lives.append(life)
+        self._open[life] = None
         self.clock.after(self.plan.costs.front_s, self._route, life)
 
     def _route(self, life: Life) -> None:
@@ -110,12 +119,56 @@ class World:
 
     def _on_end(self, life: Life) -> None:
         self._ended += 1
+        del self._open[life]
         self.store.release(life.owner)
         self.router.ended(life)
         if life.decode:
             self.decode[life.decode].give_back(life)
+        self._let_go()
 
     # The pools
+
+    def _scale(self) -> None:
+        """One look of the autoscaler at both pools."""
+        scaler, now = self._scaler, self.clock.now
+        if scaler is None or self._ended == len(self._trace.requests):
+            return
+        for role, change in scaler.changes(self.prefill, self.decode, now).items():
+            for _ in range(change):
+                self.clock.after(scaler.plan.start_s, self._started, role)
+            for name in scaler.to_drain(self.prefill, self.decode, role, -change):
+                self._pool(role)[name].draining = True
+        self._changed()
+        self._let_go()
+        self.clock.after(scaler.plan.tick_s, self._scale)
+
+    def _started(self, role: str) -> None:
+        if self._scaler is not None:
+            self._scaler.started(role)
+        self._new(role)
+        self._changed()
+
+    def _let_go(self) -> None:
+        """Workers that were draining and have nothing left to do."""
+        if self._scaler is None:
+            return
+        gone = False
+        for role in (PREFILL, DECODE):
+            pool = self._pool(role)
+            for name in [name for name, w in pool.items() if w.draining and w.idle]:
+                if any(name in (life.prefill, life.decode) for life in self._open):
+                    # Routed there, but on its way still.
+                    continue
+                self._count()
+                self._gone[role].append(
+                    self.prefill.pop(name) if role == PREFILL else self.decode.pop(name)
+                )
+                gone = True
+        if gone:
+            self._changed()
+
+    def _pool(self, role: str) -> Mapping[str, PrefillWorker | DecodeWorker]:
+        return self.prefill if role == PREFILL else self.decode
 
     def _new(self, role: str) -> None:
         self._named += 1
@@ -173,16 +226,16 @@ class World:
             answer_tokens=sum(life.emitted_tokens for life in served),
             evictions=usage.evictions,
             store_bytes=usage.used_bytes,
-            prefill=self._use(PREFILL, sum(w.busy_s for w in self.prefill.values())),
-            decode=self._use(DECODE, sum(w.busy_s for w in self.decode.values())),
+            prefill=self._use(PREFILL),
+            decode=self._use(DECODE),
             events=self.clock.calls,
             lives=lives,
             series=tuple(self._series),
         )
 
-    def _use(self, role: str, busy_s: float) -> PoolUse:
+    def _use(self, role: str) -> PoolUse:
         paid_s = self._paid[role]
-        busy_s += self._gone_busy_s[role]
+        busy_s = sum(w.busy_s for w in [*self._pool(role).values(), *self._gone[role]])
         now = self.clock.now
         return PoolUse(
             workers_mean=paid_s / now if now else 0.0,

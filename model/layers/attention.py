@@ -88,8 +88,7 @@ class Attention:
             values = entries.values_NC
             if values.shape[0]:
                 values = self._codec.round_kv(values)
-            attached = [c.attached for c in caches]
-            entries.store(values, [c.entries_EC for c in caches], rows.share, attached=attached)
+            entries.store(values, [c.entries_EC for c in caches], rows.share)
             for cache, carry, raw in zip(caches, carries, entries.known, strict=True):
                 cache.carry = carry
                 if cache.trail is not None:

@@ -182,3 +182,25 @@ def test_the_account_may_carry_a_clouds_identity_and_still_no_token() -> None:
     assert account["automountServiceAccountToken"] is False
     for version in chart.KUBERNETES:
         chart.validate(account, version)
+
+
+def test_a_pool_that_scales_has_room_for_its_pods_and_a_policy_without_secrets() -> None:
+    scaling = "prefill.config.autoscaling"
+    sets = (f"{scaling}.enabled=true", f"{scaling}.max_replicas=6", f"{scaling}.min_replicas=2")
+    docs = chart.render(sets=sets)
+    cluster = chart.one(docs, "RayService")["spec"]["rayClusterConfig"]
+    assert cluster["enableInTreeAutoscaling"] is True
+    sizes = {
+        name: [chart.group(docs, name)[key] for key in ("minReplicas", "replicas", "maxReplicas")]
+        for name in ROLES
+    }
+    assert sizes == {"prefill": [2, 2, 6], "decode": [1, 1, 1], "front": [1, 1, 1]}
+    plain = chart.one(chart.render(), "RayService")["spec"]["rayClusterConfig"]
+    assert "enableInTreeAutoscaling" not in plain
+    prefill = chart.serve_config(docs)["applications"][0]
+    app = serve_apps.prefill(prefill["args"])
+    scaled = app._bound_deployment._deployment_config.autoscaling_config
+    assert (scaled.min_replicas, scaled.max_replicas) == (2, 6)
+    told = scaled.policy.policy_kwargs
+    assert told["role"] == "prefill" and told["store_address"].endswith(":7070")
+    assert told["peers"]["cluster_token"] is None and told["peers"]["cluster_token_file"]

@@ -123,3 +123,23 @@ def test_a_drawn_trace_has_the_rate_length_and_turns_that_were_asked_for() -> No
     day = draw(Drawn(requests=4000, rate=20, period=200, burst=1), seed=3)
     halves = [sum(1 for r in day.requests if low <= r.arrival_s < low + 50) for low in (0, 75)]
     assert halves[1] > 1.5 * halves[0]
+
+
+def test_overload_and_scaling_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_json, picture = tmp_path / "out.json", tmp_path / "out.png"
+    files = ["--json", str(as_json), "--plot", str(picture)]
+    assert run(GENERATED, "--overload", "1,4", *files) == 0
+    rows = json.loads(as_json.read_text())
+    assert [row["speed"] for row in rows] == [1, 4] and "goodput/s" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    scaled = ["--autoscale-decode", "min_replicas=2,max_replicas=3", "--start-s", "1"]
+    assert run(GENERATED, *scaled, *files) == 0
+    (result,) = json.loads(as_json.read_text())["results"].values()
+    # One worker was given; the bounds hold from the first look on.
+    assert result["workers_over_time"][0][2] == 1
+    assert 2 <= result["decode"]["workers_most"] <= 3
+    assert run(GENERATED, "--overload", "1,x") == 2
+    assert run(GENERATED, "--autoscale-prefill", "min_replica=2") == 2
+    assert "did you mean 'min_replicas'" in capsys.readouterr().err
