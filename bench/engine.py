@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import httpx
 
-from bench import evidence
+from bench import evidence, restore
 from bench.client import Answer, Client
 from bench.drafts import acceptance, read_counts
 from bench.prompts import prompt
@@ -39,7 +39,7 @@ def run(
     gflop_s = [_matmul(threads)]
     with started(config) as endpoint:
         startup_s = time.monotonic() - began_s
-        rows, with_evidence = asyncio.run(
+        rows, with_evidence, restored = asyncio.run(
             _measure(endpoint.url, lengths=lengths, tokens=tokens, repeats=repeats, seed=seed)
         )
         bytes_per_token = _kv_bytes(endpoint.url)
@@ -71,7 +71,11 @@ def run(
             "startup_s": startup_s,
             "matmul_gflop_s_before_and_after": gflop_s,
         },
-        tables={"one request at a time": figures, "evidence": [with_evidence]}
+        tables={
+            "one request at a time": figures,
+            "restore": [restored],
+            "evidence": [with_evidence],
+        }
         | ({"drafts": drafts} if drafts else {}),
         shows_not=_SHOWS_NOT,
         wall_s=time.monotonic() - began_s,
@@ -80,8 +84,8 @@ def run(
 
 async def _measure(
     url: str, *, lengths: Sequence[int], tokens: int, repeats: int, seed: int
-) -> tuple[list[Row], Row]:
-    """Rows by length; and the first length with and without evidence."""
+) -> tuple[list[Row], Row, Row]:
+    """Rows by length; the first length with and without evidence; a long prefix restored."""
     async with Client(url, timeout_s=1800.0) as client:
         probe = await client.chat(
             prompt(_PROBE_CHARS, seed=seed), max_tokens=tokens, ignore_eos=True
@@ -96,8 +100,15 @@ async def _measure(
                 )
                 answers.append(await client.chat(text, max_tokens=tokens, ignore_eos=True))
             rows.append(speed_row(answers))
+        restored = await restore.measure(
+            client,
+            chars=int(restore.TOKENS * chars_per_token),
+            repeats=repeats,
+            seed=seed + 1 + len(lengths) * repeats,
+        )
         chars = int(lengths[0] * chars_per_token)
-        return rows, await evidence.measure(client, chars=chars, pairs=4 * repeats, seed=seed)
+        shown = await evidence.measure(client, chars=chars, pairs=4 * repeats, seed=seed)
+        return rows, shown, restored
 
 
 def speed_row(answers: Sequence[Answer]) -> Row:

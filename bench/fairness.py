@@ -34,7 +34,7 @@ class Plan:
     short_chars: int = 1_000
     shorts: int = 12
     prefill_tokens_per_s: float = 20_000.0
-    chunk_tokens: int = 4_096
+    chunk_tokens: int = 8_192
     tenant_chars: int = 8_000
     tenant_streams: tuple[int, int] = (10, 1)
     """Requests that each tenant always has under way; the smaller one sends its own in twos so that

@@ -102,9 +102,7 @@ def _measured(plan: Plan, name: RoutingPolicy, mirror: Mirror, prompts: list[Pro
             board.turn += 1
             reading = None
             if shape.prompt_tokens - resident.resumable_tokens >= WORTH_WAITING_TOKENS:
-                reading = flying.begin(
-                    decision.route.prefill.worker_id, prompt.blocks, (shape.prompt_tokens,)
-                )
+                reading = flying.begin(decision.route.prefill.worker_id, prompt.blocks)
             held.append((Charged(board, decision.route, shape, resident), reading))
             if len(held) > IN_FLIGHT:
                 charged, read = held.popleft()

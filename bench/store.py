@@ -31,7 +31,7 @@ from penstock.errors import PenstockError
 from penstock.identity import Chain, fingerprint, namespace
 
 _RATIO = 4
-_ROUNDS_HELD = 2
+_ROUNDS_HELD = 3
 """What the node has room for: from then on each put takes the place of older blocks."""
 _WARM_ROUNDS = 3
 _FINGERPRINT = fingerprint({"model": "bench-store"})
@@ -113,6 +113,9 @@ def shared_row(rounds: dict[str, list[float]], total_bytes: int) -> Row:
         median(rounds[name]) for name in ("shared", "digest", "memcpy", "memcpy over")
     )
     moved = [a - b for a, b in zip(rounds["shared"], rounds["digest"], strict=True)]
+    # Writer and node hash each byte; the node does so beside the writer's next copies.
+    put = [a - 2 * b for a, b in zip(rounds["shared put"], rounds["digest"], strict=True)]
+    put_whole = median(rounds["shared put"])
     return {
         "n": len(moved),
         "get_gb_s": finite(total_bytes / 1e9 / whole),
@@ -122,6 +125,10 @@ def shared_row(rounds: dict[str, list[float]], total_bytes: int) -> Row:
         "share_of_memcpy": ratio(plain, max(0.0, median(moved))),
         "memcpy_over_gb_s": finite(total_bytes / 1e9 / over),
         "share_of_memcpy_over": ratio(over, max(0.0, median(moved))),
+        "put_gb_s": finite(total_bytes / 1e9 / put_whole),
+        "put_without_digests_gb_s": ratio(total_bytes / 1e9, max(0.0, median(put))),
+        "put_share_of_memcpy": ratio(plain, max(0.0, median(put))),
+        "put_share_of_memcpy_over": ratio(over, max(0.0, median(put))),
     }
 
 
@@ -140,7 +147,7 @@ async def _parts(
     )
     try:
         return (
-            await plan_row(reader, repeats=repeats),
+            await plan_row(reader, shape, repeats=repeats),
             await overlap_row(writer, reader, shape, chunk_blocks=chunk_blocks),
         )
     finally:
@@ -168,7 +175,7 @@ async def _measure(
         name: []
         for name in (
             *("put", "get", "tcp put", "tcp get"),
-            *("shared", "digest", "memcpy", "memcpy over", "has"),
+            *("shared", "shared put", "digest", "memcpy", "memcpy over", "has"),
         )
     }
     total = shape.block_bytes * blocks
@@ -201,6 +208,15 @@ async def _measure(
             if not all(fresh) or not all(isinstance(item, StoreObject) for item in got):
                 raise PenstockError("the store did not keep what the benchmark put into it")
             del got
+            own = _chain(blocks, number, "near")
+            near_items = [
+                StoreObject(ObjectKind.BLOCK, id_, own.parent(index), index, payload)
+                for index, id_ in enumerate(own.blocks)
+            ]
+            near_s = time.perf_counter()
+            if not all(await near.put_many(near_items, owner="near", lease_ttl_s=120.0)):
+                raise PenstockError("the store did not keep what the benchmark wrote into it")
+            near_s = time.perf_counter() - near_s
             shared_s, digest_s, memcpy_s, over_s = await _shared_round(near, chain.blocks)
             tcp_put_s, tcp_get_s = await asyncio.to_thread(_tcp_round, peer, total)
             ids = [*chain.blocks, *_chain(LOOKUP_IDS - blocks, number, "absent").blocks]
@@ -216,6 +232,7 @@ async def _measure(
                     ("tcp put", tcp_put_s),
                     ("tcp get", tcp_get_s),
                     ("shared", shared_s),
+                    ("shared put", near_s),
                     ("digest", digest_s),
                     ("memcpy", memcpy_s),
                     ("memcpy over", over_s),

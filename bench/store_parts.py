@@ -19,7 +19,7 @@ from penstock.blocks import BLOCK_TOKENS, CacheLayout, ObjectKind
 from penstock.errors import PenstockError
 from penstock.identity import Chain, fingerprint, namespace
 from prefill.planner import plan_chunks
-from prefill.restore import Restorer
+from prefill.restore import Restorer, Rule
 
 LOOKUP_IDS = 4096
 LOOKUPS = 200
@@ -96,8 +96,13 @@ class _Nothing:
 
     async def load_state(self, position: int, payload: Buffer) -> None: ...
 
+    async def replay(self, start: int) -> None: ...
 
-async def plan_row(client: StoreClient, *, repeats: int) -> Row:
+    async def replay_some(self, tokens: Sequence[int]) -> float:
+        return 0.0
+
+
+async def plan_row(client: StoreClient, layout: CacheLayout, *, repeats: int) -> Row:
     """A prompt of a million tokens, of which the store has nothing: hash, look-up, plan."""
     parts: dict[str, list[float]] = {"hash": [], "look_up": [], "plan": []}
     for number in range(repeats + 1):
@@ -106,8 +111,8 @@ async def plan_row(client: StoreClient, *, repeats: int) -> Row:
         began_s = time.perf_counter()
         chain = start.extend(tokens)
         hashed_s = time.perf_counter()
-        restorer = Restorer(client, chain, owner="bench", lease_ttl_s=60.0)
-        if await restorer.restore(_Nothing()):
+        restorer = Restorer(client, chain, owner="bench", lease_ttl_s=60.0, rule=Rule(layout))
+        if (await restorer.restore(_Nothing())).position:
             raise PenstockError("the store has a prompt that it never saw")
         looked_up_s = time.perf_counter()
         plan_chunks(PLAN_TOKENS, start=0, chunk_tokens=CHUNK_TOKENS)

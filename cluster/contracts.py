@@ -6,10 +6,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from penstock.peers import ALONE, Peers
 from penstock.request import Event, Request
+
+if TYPE_CHECKING:
+    from cluster.routing.told import Told
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ class Service(Protocol):
 
     async def workers(self) -> list[WorkerView]:
         """For `/metrics`: live workers with their counters."""
+
+    async def route_told(self, request_id: str, *, tenant: bytes) -> Told | None:
+        """How a request of the last ones was routed, and why; None if it is not remembered here, or
+        is another tenant's.
+        """
 
     async def store_stat(self) -> dict[str, float]:
         """For `/metrics`: the store node's gauges and counters; {} if it cannot be reached."""

@@ -35,6 +35,7 @@ from cluster.failover.footing import Footing, Ground
 from cluster.failover.relay import Relay
 from cluster.policy import DECODE, PREFILL
 from cluster.router import Router
+from cluster.routing.told import Told
 from cluster.workers import Hold, StoreNode, WorkerCalls
 from penstock.errors import PenstockError, UnavailableError, WorkerUnavailableError
 from penstock.request import BEGINNING, Event, Finish, Request, Resume, TokenChunk, Usage
@@ -160,6 +161,9 @@ class Flow:
 
     async def workers(self) -> list[WorkerView]:
         return list(await self._router.workers())
+
+    async def route_told(self, request_id: str, *, tenant: bytes) -> Told | None:
+        return self._router.told(request_id, tenant=tenant)
 
     async def store_stat(self) -> dict[str, float]:
         try:

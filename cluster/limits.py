@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
+from cluster.queues import table
 from penstock.settings import format_size
 
 _HEAD = """# Limits
@@ -77,6 +78,7 @@ _HOSTILE = "tests/cluster/test_hostile_http.py::"
 _BOUNDS = "tests/cluster/test_limits.py::"
 _WIRE = "tests/kvstore/test_wire_rules.py::"
 _DATA = "tests/kvstore/data/test_transfer.py::"
+_PASSAGE = "tests/cluster/routing/test_passage.py::"
 _DISK = "tests/kvstore/disk/test_tier.py::"
 
 CONNECTION = (
@@ -187,7 +189,7 @@ INSIDE = (
           _DATA + "test_strangers_learn_nothing_and_are_counted", "s"),
     Limit("a ticket that nobody uses", "kvstore.server:TICKET_S", "what it reserved is given back",
           _DATA + "test_a_ticket_is_good_once_for_its_purpose_and_not_for_long", "s"),
-    Limit("objects of one offer", "kvstore.service:MOST_OFFERED", "`INVALID_ARGUMENT`",
+    Limit("objects of one offer", "kvstore.offers:MOST_OFFERED", "`INVALID_ARGUMENT`",
           _DATA + "test_a_ticket_is_good_once_for_its_purpose_and_not_for_long"),
     Limit("data connections of one client", "kvstore.data.dialer:MOST_LINKS", "gRPC",
           _DATA + "test_many_at_once_come_whole_and_in_order"),
@@ -199,6 +201,13 @@ INSIDE = (
     Limit("workers in the directory", "kvstore.max_workers", "`RESOURCE_EXHAUSTED`",
           "tests/kvstore/test_directory.py::"
           "test_entries_that_nobody_could_call_are_refused_in_a_sentence"),
+    Limit("decisions that a front remembers", "cluster.routing.told:MOST_DECISIONS",
+          "the oldest is forgotten",
+          _PASSAGE + "test_decisions_are_bounded_private_and_survive_json"),
+    Limit("blocks whose workers `block-overlap` remembers",
+          "cluster.routing.routed:MOST_SEEN_BLOCKS", "the longest unseen is forgotten",
+          "tests/cluster/routing/test_mirror.py::"
+          "test_what_was_routed_longest_ago_is_forgotten_first"),
 )  # fmt: skip
 _BATCH = "tests/cluster/batch/test_batch_service.py::"
 _SIZES = _BATCH + "test_limits_of_size_and_number_hold"
@@ -257,7 +266,7 @@ def page() -> str:
                 f"| {limit.what}{mark} | {limit.shown} | `{limit.where}` | {limit.beyond} |"
             )
         lines.append("")
-    return "\n".join(lines).rstrip() + "\n" + _FOOT
+    return "\n".join(lines).rstrip() + "\n\n" + table() + _FOOT
 
 
 def main(write: Callable[[str], object] = print) -> int:

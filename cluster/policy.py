@@ -131,14 +131,19 @@ class Resident:
     overlap_tokens: int = 0
     """Blocks from the start on that are held, state or not: what others route by."""
     near: Mapping[str, int] = field(default_factory=dict)
-    """Worker id -> tokens that it is reading right now for another request, which a duplicate may
-    wait for.
+    """Worker id -> leading tokens that it is reading right now for another request: a duplicate
+    there waits for them instead of computing them.
     """
     seen: Mapping[str, int] = field(default_factory=dict)
     """Worker id -> leading tokens that were routed there before."""
+    fingerprint: bytes | None = None
+    """Under which it is: for workers of another one nothing is. None: for all."""
 
     def with_near(self, near: Mapping[str, int]) -> Resident:
         return replace(self, near=near)
+
+    def for_(self, fingerprint: bytes) -> Resident:
+        return self if self.fingerprint in (None, fingerprint) else NOTHING
 
 
 NOTHING = Resident()

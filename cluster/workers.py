@@ -54,6 +54,14 @@ class CallLimits:
 
 
 @dataclass(frozen=True)
+class PrefillFinished:
+    """End of the prefill worker's stream. `compute_s`: what the prompt's own steps took."""
+
+    cached_tokens: int
+    compute_s: float
+
+
+@dataclass(frozen=True)
 class DecodeFinished:
     """End of the decode worker's stream, before prefill's count of cached tokens is added."""
 
@@ -79,8 +87,8 @@ class WorkerCalls:
 
     async def prefill(
         self, worker: WorkerView, request: Request, attempt: int = 0
-    ) -> AsyncIterator[Progress]:
-        """Progress until everything is committed. Raises the worker's error."""
+    ) -> AsyncIterator[Progress | PrefillFinished]:
+        """Progress until everything is committed, then the end. Raises the worker's error."""
         total, cached = len(request.token_ids), 0
         stub = worker_pb2_grpc.PrefillStub(self._channel(worker.address))
         call = stub.Run(
@@ -102,7 +110,9 @@ class WorkerCalls:
                     case "progress":
                         yield Progress(event.progress.tokens_done, total, cached)
                     case "done":
-                        yield Progress(total, total, event.done.cached_tokens)
+                        end = event.done
+                        yield Progress(total, total, end.cached_tokens)
+                        yield PrefillFinished(end.cached_tokens, end.compute_s)
                         return
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, peer=f"the prefill worker {worker.worker_id}") from error

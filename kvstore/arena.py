@@ -17,6 +17,8 @@ import sys
 import threading
 import weakref
 from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +119,13 @@ class Arena:
         offset = int(np.frombuffer(data, np.uint8).ctypes.data) - self._base
         return offset if 0 < offset < self._size_bytes else None
 
+    def empty(self, data: memoryview) -> None:
+        """Gives the memory of `data` back to the system; it reads as zeros until it is written."""
+        offset = self.offset_of(data)
+        if offset is not None:
+            with suppress(OSError):
+                self._map.madvise(mmap.MADV_REMOVE, offset, _pages(len(data)))
+
     @property
     def memory_bytes(self) -> int:
         """Memory that it takes from the system."""
@@ -213,21 +222,8 @@ class ArenaReader:
 
     def __init__(self, pid: int, fd: int, secret: bytes, buffers: Buffers | None = None) -> None:
         """`buffers`: where copies go."""
-        path = Path(f"/proc/{pid}/fd/{fd}")
-        # Nothing else is opened: a pipe would wait, a device might act.
-        if not str(path.readlink()).startswith(f"/memfd:{_NAME}"):
-            raise FileNotFoundError(f"{path} is no arena")
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if len(secret) != SECRET_BYTES or os.pread(fd, SECRET_BYTES, 0) != secret:
-                raise FileNotFoundError(f"{path} is another arena")
-            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
-                raise OSError(f"{path} might become shorter")
-            memory = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
-        finally:
-            os.close(fd)
         self.secret = secret
-        self._memory: np.ndarray | None = np.frombuffer(memory, np.uint8)
+        self._memory: np.ndarray | None = _mapped(pid, fd, secret, writes=False)
         self._buffers = buffers or Buffers()
 
     def copy(self, offset: int, size_bytes: int) -> memoryview:
@@ -252,6 +248,53 @@ def _madvise(address: int, length: int, advice: int) -> bool:
 
 
 _LIBC = ctypes.CDLL(None)
+
+
+class ArenaWriter:
+    """Another process's arena, mapped for writing where its node says. Raises OSError as
+    `ArenaReader` does.
+    """
+
+    def __init__(self, pid: int, fd: int, secret: bytes) -> None:
+        self.secret = secret
+        self._memory: np.ndarray | None = _mapped(pid, fd, secret, writes=True)
+
+    def write(self, offset: int, parts: Sequence[memoryview]) -> None:
+        """The parts one after the other. Raises OSError outside the arena."""
+        memory = self._memory
+        size = sum(map(len, parts))
+        if memory is None or offset < _PAGE_BYTES or offset + size > len(memory):
+            raise OSError("the place is not in the arena")
+        start = offset // _PAGE_BYTES * _PAGE_BYTES
+        if _madvise(memory.ctypes.data + start, offset + size - start, _POPULATE_WRITE):
+            # Touching memory that the host does not have would end this process.
+            raise OSError("the host has no memory for the place, or no way to ask for it")
+        for part in parts:
+            # numpy lets go of the interpreter lock meanwhile.
+            np.copyto(memory[offset : offset + len(part)], np.frombuffer(part, np.uint8))
+            offset += len(part)
+
+    def close(self) -> None:
+        """May be called again."""
+        self._memory = None
+
+
+def _mapped(pid: int, fd: int, secret: bytes, *, writes: bool) -> np.ndarray:
+    """The memory of an arena by its descriptor in another process."""
+    path = Path(f"/proc/{pid}/fd/{fd}")
+    # Nothing else is opened: a pipe would wait, a device might act.
+    if not str(path.readlink()).startswith(f"/memfd:{_NAME}"):
+        raise FileNotFoundError(f"{path} is no arena")
+    here = os.open(path, (os.O_RDWR if writes else os.O_RDONLY) | os.O_CLOEXEC)
+    try:
+        if len(secret) != SECRET_BYTES or os.pread(here, SECRET_BYTES, 0) != secret:
+            raise FileNotFoundError(f"{path} is another arena")
+        if fcntl.fcntl(here, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+            raise OSError(f"{path} might become shorter")
+        prot = mmap.PROT_READ | (mmap.PROT_WRITE if writes else 0)
+        return np.frombuffer(mmap.mmap(here, 0, prot=prot), np.uint8)
+    finally:
+        os.close(here)
 
 
 def _pages(size_bytes: int) -> int:

@@ -54,11 +54,12 @@ class Buffers:
     def _sort(self) -> None:
         while self._freed:
             memory = self._freed.popleft()
+            if memory.nbytes > self._most_bytes:
+                continue
             while self._kept_bytes and self._kept_bytes + memory.nbytes > self._most_bytes:
                 self._forget_one(but=memory.nbytes)
-            if self._kept_bytes + memory.nbytes <= self._most_bytes:
-                self._kept.setdefault(memory.nbytes, []).append(memory)
-                self._kept_bytes += memory.nbytes
+            self._kept.setdefault(memory.nbytes, []).append(memory)
+            self._kept_bytes += memory.nbytes
 
     def _forget_one(self, *, but: int) -> None:
         """One buffer of another size than `but`, if there is one: sizes in use stay."""

@@ -16,6 +16,7 @@ from kvstore.get_shared import SharedReader
 from kvstore.index.redis import RedisIndex
 from kvstore.node import check_ids
 from kvstore.put_call import Putter
+from kvstore.put_shared import SharedWriter
 from kvstore.receipt import Receipts
 from penstock.blocks import CacheLayout
 from penstock.errors import IndexUnavailableError
@@ -60,7 +61,8 @@ class StoreClient:
         self._receipts = Receipts(fingerprint=fingerprint, layout=layout, meter=meter)
         self._calls = NodeCalls(address, timeout_s=call_timeout_s, peers=peers)
         self._getter = Getter(self._calls, self._receipts, self._shared, self._dialer, buffers)
-        self._putter = Putter(self._calls, self._receipts, self._dialer)
+        self._writer = SharedWriter(self._shared.host)
+        self._putter = Putter(self._calls, self._receipts, self._dialer, self._writer)
 
     @property
     def integrity_failures(self) -> int:
@@ -82,6 +84,17 @@ class StoreClient:
             flags = self._calls.flags(response.present, places)
             for place, present in zip(places, flags, strict=True):
                 found[place] = present
+        return found
+
+    async def evicted(self, ids: Sequence[bytes]) -> list[bool]:
+        check_all(ids)
+        found: list[bool] = []
+        for start in range(0, len(ids), MAX_IDS_PER_CALL):
+            some = ids[start : start + MAX_IDS_PER_CALL]
+            request = kv_pb2.HasRequest(ids=some, explain=True)
+            response = await self._calls.call("Has", request, kv_pb2.HasResponse)
+            # A node of before this field says nothing.
+            found += self._calls.flags(response.evicted or bytes(len(some)), some)
         return found
 
     async def put(
@@ -153,6 +166,7 @@ class StoreClient:
         await self._calls.close()
         self._dialer.close()
         self._shared.close()
+        self._writer.close()
         if self._own_index is not None:
             await self._own_index.close()
 

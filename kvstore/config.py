@@ -56,7 +56,7 @@ class StoreConfig(BaseModel):
     chunk_bytes: int = Field(default=1 << 20, ge=1 << 10)
     """Data bytes in one message of Get."""
     max_concurrent_calls: int = Field(default=4096, ge=1)
-    max_open_puts: int = Field(default=512, ge=1)
+    max_open_puts: int = Field(default=4096, ge=1)
     """Most objects being written at once; one more is refused, not queued."""
     max_open_gets: int = Field(default=2048, ge=1)
     put_idle_s: float = Field(default=15.0, gt=0)

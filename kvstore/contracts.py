@@ -17,7 +17,7 @@ Rules for every implementation; the shared contract tests in `tests/kvstore` fol
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from penstock.blocks import ObjectKind
@@ -40,9 +40,10 @@ class StoreObject:
 
 @dataclass(frozen=True)
 class Missing:
-    """Answer of `get` for an object that is not there (or failed verification)."""
+    """Answer of `get` for an object that is not there (or failed verification: `damaged`)."""
 
     id: bytes
+    damaged: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ class BlockStore(Protocol):
     async def has(self, ids: Sequence[bytes]) -> list[bool]:
         """Which ids can be fetched now: index first, the nodes themselves where the index does not
         know.
+        """
+
+    async def evicted(self, ids: Sequence[bytes]) -> list[bool]:
+        """Which ids are not there because they had to make room lately, as far as the node
+        remembers: to explain a miss, never to decide.
         """
 
     async def put(

@@ -41,6 +41,10 @@ class MemoryBlockStore:
         await self._enter()
         return self.node.has(ids)
 
+    async def evicted(self, ids: Sequence[bytes]) -> list[bool]:
+        await self._enter()
+        return self.node.evicted(ids)
+
     async def put(
         self, item: StoreObject, *, owner: str, lease_ttl_s: float, rolling: bool = False
     ) -> bool:
@@ -119,7 +123,7 @@ class MemoryBlockStore:
             )
         except BlockIntegrityError:
             self.integrity_failures += 1
-            return Missing(id_)
+            return Missing(id_, damaged=True)
         finally:
             found.close()
 

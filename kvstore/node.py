@@ -105,6 +105,14 @@ class StoreNode:
             present = list(map(operator.or_, present, self._disk.catalog.has(ids)))
         return present
 
+    def evicted(self, ids: Sequence[bytes]) -> list[bool]:
+        """Which of them are nowhere here now, but had to make room lately."""
+        tiers = [tier for tier in self.catalogues() if tier is not None]
+        return [
+            not here and any(tier.evicted([id_])[0] for tier in tiers)
+            for id_, here in zip(ids, self.has(ids), strict=True)
+        ]
+
     def lease(self, ids: Sequence[bytes], *, owner: str, ttl_s: float) -> list[bool]:
         check_ids(ids)
         check_owner(owner, needed=ttl_s > 0)
@@ -164,8 +172,10 @@ class StoreNode:
                 return None
             await self._committed(id_, deadline)
 
-    def shared(self, found: OpenGet) -> tuple[Arena, int] | None:
-        """Where a reader on this host finds the bytes; None if they are not in shared memory."""
+    def shared(self, found: OpenGet | OpenPut) -> tuple[Arena, int] | None:
+        """Where a reader or writer on this host finds the bytes; None if they are not in shared
+        memory.
+        """
         arena = self._memory.arena
         offset = None if arena is None else arena.offset_of(found.data)
         return None if arena is None or offset is None else (arena, offset)

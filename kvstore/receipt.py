@@ -34,7 +34,7 @@ class Receipts:
         except BlockIntegrityError:
             self.failures += 1
             self._meter.add(M.INTEGRITY_FAILURES)
-            return Missing(id_)
+            return Missing(id_, damaged=True)
 
     def transferred(self, direction: str, count: int, size_bytes: int, seconds: float) -> None:
         self._meter.add(M.TRANSFER_OBJECTS, count, direction=direction)

@@ -109,16 +109,17 @@ async def start_server(
         options=_options(config),
         interceptors=gates,
     )
+    tickets = Tickets(TICKET_S)
     port: DataPort | None = None
     if config.data_connections:
-        port = DataPort(config, Tickets(TICKET_S), secure=sockets.server_context(peers))
+        port = DataPort(config, tickets, secure=sockets.server_context(peers))
     meters = store_meters(node, port)
     if port is not None:
         port.on_refused(lambda reason: meters.add(M.STORE_DATA_REFUSED, reason=reason))
     tracer = open_tracer(telemetry, process="store", instance=node_id)
     server.add_generic_rpc_handlers(
         (
-            service.KvStoreService(node, tracer, port).handlers(),
+            service.KvStoreService(node, tickets, tracer, port).handlers(),
             directory.DirectoryService(workers, epoch=node.epoch).handlers(),
             admin.AdminService(node).handlers(),
             metrics_handler(meters),

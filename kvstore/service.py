@@ -10,29 +10,33 @@ import grpc
 
 from kvstore.arena import host_identity
 from kvstore.data.port import DataPort
-from kvstore.data.work import ReceiveWork
+from kvstore.data.tickets import Tickets
 from kvstore.get_answers import GetAnswers
 from kvstore.node import StoreNode, check_ids, check_owner
-from kvstore.put_stream import PutStream, begin
+from kvstore.offers import Offers
+from kvstore.put_stream import PutStream
 from kvstore.rpc import abort_with, parse, unary
-from penstock.errors import DeadlineError, InvalidRequestError, PenstockError
+from penstock.errors import DeadlineError, PenstockError
 from penstock.telemetry import logs, trace
 from penstock.telemetry.trace import NO_TRACER, Tracer
 from protos.penstock.kv.v1 import kv_pb2
 
 SERVICE = "penstock.kv.v1.KvStore"
-MOST_OFFERED = 64
-"""Most objects of one Offer."""
 
 
 class KvStoreService:
     """Method handlers; belongs to the node's event loop. Each stream has one message in flight."""
 
     def __init__(
-        self, node: StoreNode, tracer: Tracer = NO_TRACER, port: DataPort | None = None
+        self,
+        node: StoreNode,
+        tickets: Tickets,
+        tracer: Tracer = NO_TRACER,
+        port: DataPort | None = None,
     ) -> None:
-        """`port`: where readers and writers of large objects are sent."""
+        """`port`: where readers and writers of large objects are sent, with one of `tickets`."""
         self._node = node
+        self._offers = Offers(node, tickets, port)
         self._port = port
         self._tracer = tracer
         self._host = host_identity()
@@ -45,6 +49,7 @@ class KvStoreService:
                 "Has": self._unary("Has", kv_pb2.HasRequest, self._has),
                 "Put": grpc.stream_stream_rpc_method_handler(self._traced_put),
                 "Offer": self._unary("Offer", kv_pb2.OfferRequest, self._offer),
+                "Settle": self._unary("Settle", kv_pb2.SettleRequest, self._offers.settle),
                 "Get": grpc.unary_stream_rpc_method_handler(self._traced_get),
                 "Lease": self._unary("Lease", kv_pb2.LeaseRequest, self._lease),
                 "Release": self._unary("Release", kv_pb2.ReleaseRequest, self._release),
@@ -68,7 +73,8 @@ class KvStoreService:
     async def _has(self, request: kv_pb2.HasRequest) -> kv_pb2.HasResponse:
         present = bytes(self._node.has(request.ids))
         trace.note(ids=len(present), present=sum(present))
-        return kv_pb2.HasResponse(present=present, epoch=self._node.epoch)
+        evicted = bytes(self._node.evicted(request.ids)) if request.explain else b""
+        return kv_pb2.HasResponse(present=present, epoch=self._node.epoch, evicted=evicted)
 
     async def _lease(self, request: kv_pb2.LeaseRequest) -> kv_pb2.LeaseResponse:
         check_owner(request.owner, needed=True)
@@ -82,35 +88,7 @@ class KvStoreService:
         return kv_pb2.StatResponse(**asdict(self._node.stat()))
 
     async def _offer(self, request: kv_pb2.OfferRequest) -> kv_pb2.OfferResponse:
-        for what in (request.objects, request.withdraw):
-            if len(what) > MOST_OFFERED:
-                raise InvalidRequestError(
-                    f"{len(what)} objects or tickets in one offer; at most {MOST_OFFERED}"
-                )
-        trace.note(ids=len(request.objects))
-        answer = kv_pb2.OfferResponse(port=0 if self._port is None else self._port.port)
-        if self._port is None:
-            return answer
-        for ticket in request.withdraw:
-            self._port.tickets.withdraw(ticket)
-        puts = []
-        for asked in request.objects:
-            put, one = begin(
-                self._node,
-                asked,
-                owner=request.owner,
-                ttl_ms=request.lease_ttl_ms,
-                rolling=request.rolling,
-            )
-            answer.answers.append(one)
-            if put is not None:
-                puts.append(put)
-            if one.status == kv_pb2.PutResponse.STATUS_REFUSED:
-                break
-        if puts:
-            work = ReceiveWork(puts, idle_s=self._node.config.put_idle_s)
-            answer.ticket = self._port.tickets.issue(work)
-        return answer
+        return self._offers.offer(request, is_near=request.host == self._host != b"")
 
     async def _put(self, _: Any, context: Any) -> None:
         stream = PutStream(self._node)

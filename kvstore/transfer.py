@@ -77,6 +77,16 @@ class OpenPut:
         self._hasher.update(chunk)
 
     @property
+    def data(self) -> memoryview:
+        """Where the object belongs."""
+        return self._data
+
+    def written(self) -> None:
+        """All of it was written by others, into `data`. Reads it all: for a thread."""
+        self._filled = len(self._data)
+        self._hasher.update(self._data)
+
+    @property
     def is_full(self) -> bool:
         """All reserved bytes have come."""
         return self._filled == len(self._data)

@@ -63,6 +63,8 @@ class LayerCache:
     index_carry: Tensor
     trail: LayerTrail | None = None
     """Filled by a seekable forward."""
+    attached: int = 0
+    """Tokens whose entries came with blocks: a replay leaves them as they are."""
 
     def push(self, rows_RC: Tensor, share: Share | None = None) -> Tensor:
         """Add window rows; returns all known ones, oldest first, that end with them.
@@ -160,6 +162,19 @@ class SequenceCache:
             self.streams_SD = trail.streams_RSD[at]
         self.evidence = trail.evidence[at] if trail.evidence else []
         self.position = position
+
+    def replay(self, start: int) -> None:
+        """See `Engine.replay`."""
+        self._reset()
+        self.evidence, self.trail = [], None
+        for layer in self.layers:
+            layer.attached = self.loaded_blocks * BLOCK_TOKENS
+        self.position = start
+
+    @property
+    def replays_until(self) -> int:
+        """The end of what a replay may not export; 0 without one."""
+        return max((layer.attached for layer in self.layers), default=0)
 
     def export_block(self, layout: CacheLayout, codec: RowCodec, index: int) -> bytes:
         first = index * BLOCK_TOKENS

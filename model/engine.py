@@ -51,6 +51,8 @@ class EngineInfo:
     draft_tokens: int = 0
     """Most tokens that `draft` proposes at once; 0: the engine does not draft."""
     draft_cost: DraftCost = DraftCost()
+    replay_tokens: int = 0
+    """Tokens that `replay` must absorb again before a sequence is exact; 0: the engine cannot."""
 
 
 class Sequence(Protocol):
@@ -144,6 +146,15 @@ class Engine(Protocol):
     def load_state(self, sequence: Sequence, position: int, payload: Buffer) -> None:
         """Attach the state at `position`; blocks 0 .. position // 256 - 1 must have been
         attached.
+        """
+
+    def replay(self, sequence: Sequence, start: int) -> None:
+        """Stand at `start`, a multiple of 128, with blocks attached beyond it but no state.
+
+        Forwards up to the end of the attached blocks change nothing of them and may ask for no
+        state on the way. What stands there after at least `info.replay_tokens` tokens is, to the
+        bit, what one undisturbed pass leaves: each layer's window needs the window of the layer
+        below, so the error of an empty one dies out after as many windows as there are layers.
         """
 
     def forward(self, segments: Seq[Segment]) -> list[SegmentResult]:

@@ -28,6 +28,7 @@ from model.engine import (
     SegmentResult,
     Sequence,
 )
+from model.replay import check_replay
 from model.sampler import sample
 from penstock.blocks import BLOCK_TOKENS, CacheLayout, Component, ComponentKind
 from penstock.identity import fingerprint
@@ -85,6 +86,8 @@ class FakeSequence:
     rows: bytearray = field(default_factory=bytearray)
     window: list[int] = field(default_factory=list)
     released: bool = False
+    replays_until: int = 0
+    """The end of what a replay may not export."""
     trail: _Mark | None = None
     """Set by a seekable segment, until the next one."""
 
@@ -102,7 +105,8 @@ class FakeSequence:
         self.window.append(token)
         if len(self.window) > _WINDOW:
             del self.window[0]
-        if self.position % _RATIO == 0:
+        # A replay has its rows already.
+        if self.position % _RATIO == 0 and len(self.rows) < self.position // _RATIO * _ROW:
             self.rows += self.digest
 
 
@@ -132,6 +136,7 @@ class FakeEngine:
             numerics="exact",
             description="fake engine (no torch)",
             draft_tokens=self._settings.draft_tokens,
+            replay_tokens=_WINDOW,
         )
 
     @property
@@ -185,6 +190,16 @@ class FakeEngine:
         mine.digest = parts["fake.last"]
         mine.position, mine.trail = position, None
 
+    def replay(self, sequence: Sequence, start: int) -> None:
+        """A row holds the digest up to its end, so only the window has to be read again."""
+        mine = _live(sequence)
+        blocks = len(mine.rows) // LAYOUT.block_bytes
+        check_replay(self._info, start, position=mine.position, blocks=blocks)
+        if start:
+            end = start // _RATIO * _ROW
+            mine.digest = bytes(mine.rows[end - _ROW : end])
+        mine.position, mine.trail, mine.replays_until = start, None, blocks * BLOCK_TOKENS
+
     def forward(self, segments: Seq[Segment]) -> list[SegmentResult]:
         results = []
         for segment in segments:
@@ -195,6 +210,8 @@ class FakeEngine:
                 raise ValueError(
                     f"a seekable segment has at most {SEEKABLE_TOKENS} tokens and no states_at"
                 )
+            if segment.states_at and segment.states_at[0] < mine.replays_until:
+                raise ValueError(f"a replay has no exact state before {mine.replays_until}")
             if segment.tokens:
                 mine.trail = mine.mark(segment.tokens) if segment.seekable else None
             states: dict[int, bytes] = {}

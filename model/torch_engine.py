@@ -36,6 +36,7 @@ from model.layout import cache_layout
 from model.network import Chunk, Network
 from model.options import DTYPES, EngineOptions, fingerprint_facts
 from model.ranks.communicator import Communicator, alone
+from model.replay import check_replay, replay_tokens
 from model.rows import Span
 from penstock.blocks import BLOCK_TOKENS
 from penstock.identity import fingerprint
@@ -130,6 +131,7 @@ class TorchEngine:
             ),
             draft_tokens=drafts.tokens if drafts else 0,
             draft_cost=drafts.cost(config.layers) if drafts else DraftCost(),
+            replay_tokens=replay_tokens(config, drafts) if options.numerics == "exact" else 0,
         )
 
     @property
@@ -180,6 +182,12 @@ class TorchEngine:
         if position > mine.capacity:
             raise ValueError(f"position {position} is beyond the capacity {mine.capacity}")
         mine.load_state(self._layout, self._codec, position, memoryview(payload))
+
+    @torch.inference_mode()
+    def replay(self, sequence: Sequence, start: int) -> None:
+        mine = self._live(sequence)
+        check_replay(self._info, start, position=mine.position, blocks=mine.loaded_blocks)
+        mine.replay(start)
 
     @torch.inference_mode()
     def forward(self, segments: Seq[Segment]) -> list[SegmentResult]:
@@ -314,6 +322,8 @@ class TorchEngine:
         ascending = all(a < b for a, b in pairwise(wanted))
         if wanted and not (ascending and mine.position < wanted[0] and wanted[-1] <= end):
             raise ValueError(f"states_at {wanted} must ascend inside ({mine.position}, {end}]")
+        if wanted and wanted[0] < mine.replays_until:
+            raise ValueError(f"a replay has no exact state before {mine.replays_until}")
         if segment.seekable and (wanted or len(tokens) > SEEKABLE_TOKENS):
             raise ValueError(
                 f"a seekable segment has at most {SEEKABLE_TOKENS} tokens and no states_at"

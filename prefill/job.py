@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from kvstore.contracts import BlockStore
 from model.engine import Engine
 from penstock import ownership
-from penstock.errors import OverloadedError, PenstockError
+from penstock.errors import OverloadedError, PenstockError, StoreUnavailableError
 from penstock.identity import Chain
 from penstock.request import Priority
 from penstock.telemetry import catalog as M
@@ -21,7 +21,8 @@ from penstock.telemetry.meters import NO_METER, Meter
 from prefill.inflight import InFlight, Lead
 from prefill.planner import ChunkPlan
 from prefill.publisher import PromptPublisher
-from prefill.restore import Restorer
+from prefill.restore import Restored, Restorer, Rule
+from prefill.resume import Costs
 from prefill.scheduler import PromptScheduler, Ticket, Wish
 from prefill.sequence import ModelThread, PromptSequence
 from prefill.steps import Reading, Steps
@@ -91,6 +92,7 @@ class PromptRunner:
     meter: Meter = NO_METER
     open_sequences: int = 0
     in_flight: InFlight = field(default_factory=InFlight)
+    costs: Costs = field(default_factory=Costs)
     steps: Steps = field(init=False)
     _cleanups: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -157,20 +159,26 @@ class PromptRunner:
         prompt = visit.prompt
         async with self.scheduler.place(visit.ticket), self._sequence(prompt) as sequence:
             visit.came_in(self.meter)
-            restorer = Restorer(self.store, prompt.chain, prompt.restore_owner, prompt.lease_ttl_s)
-            begun = time.monotonic()
-            with trace.span("restore"):
-                position = await restorer.restore(sequence)
-                trace.note(restored_tokens=position)
-            self.meter.observe(M.RESTORE_TIME, time.monotonic() - begun)
+            restorer = Restorer(
+                self.store,
+                prompt.chain,
+                prompt.restore_owner,
+                prompt.lease_ttl_s,
+                Rule.of(self.engine.info, self.costs),
+            )
+            restored = await self._restored(visit, restorer, sequence)
+            position = restored.position
             visit.ticket.remaining = prompt.length - position
             visit.lead.reached(position)
             if not visit.started:
                 visit.started = True
-                visit.outcome.cached_tokens = position
-                for reason, missed in restorer.missed(position).items():
-                    self.meter.add(M.PREFILL_MISSED, missed, reason=reason)
-                await visit.listener.started(position)
+                visit.outcome.cached_tokens = restored.cached
+                explaining = self._apart(self._explain(restorer, restored))
+                await visit.listener.started(restored.cached)
+                if restored.replayed and position < prompt.length:
+                    # Whoever comes next need not replay; but first it is told why this one had to.
+                    await explaining
+                    await publisher.keep(position, await sequence.export_state())
                 if position == prompt.length:
                     await publisher.repair(sequence, checked_by=prompt.restore_owner)
                     return True
@@ -185,6 +193,39 @@ class PromptRunner:
             )
             visit.lead.reads(plan)
             return await self._read(visit, sequence, plan, publisher)
+
+    async def _restored(
+        self, visit: _Visit, restorer: Restorer, sequence: PromptSequence
+    ) -> Restored:
+        begun = time.monotonic()
+        with trace.span("restore"):
+            try:
+                restored = await restorer.restore(sequence)
+            except StoreUnavailableError:
+                if not visit.started:
+                    self.meter.add(M.PREFILL_MISSED, visit.prompt.length, reason="unreachable")
+                raise
+            trace.note(
+                restored_tokens=restored.cached,
+                replayed_tokens=restored.replayed,
+                way=restored.way.kind,
+            )
+        self.meter.observe(M.RESTORE_TIME, time.monotonic() - begun)
+        self.meter.add(M.RESTORES, way=restored.way.kind)
+        visit.outcome.computed_tokens += restored.replayed
+        visit.outcome.compute_s += restored.replay_s
+        if restored.replayed:
+            self.meter.add(M.PREFILL_RECOMPUTED, restored.replayed)
+        return restored
+
+    async def _explain(self, restorer: Restorer, restored: Restored) -> None:
+        try:
+            reasons = await restorer.missed(restored)
+        except PenstockError as error:
+            _log.warning("why a prompt was not in the store is not known: %s", error.message)
+            return
+        for reason, missed in reasons.items():
+            self.meter.add(M.PREFILL_MISSED, missed, reason=reason)
 
     async def _read(
         self,
@@ -201,6 +242,9 @@ class PromptRunner:
                 while (output := await self.steps.next(reading)) is not None:
                     outcome.computed_tokens += output.chunk.end - output.chunk.start
                     outcome.compute_s += output.seconds
+                    self.costs.computed(
+                        output.chunk.start, output.chunk.end - output.chunk.start, output.seconds
+                    )
                     handover = output.states[output.chunk.end]
                     visit.waited += await _seconds(publisher.add(output))
         finally:

@@ -127,18 +127,3 @@ def resume_candidates(prompt_tokens: int) -> tuple[int, ...]:
     if prompt_tokens % STATE_ALIGN_TOKENS:
         return (prompt_tokens, *grid)
     return tuple(grid)
-
-
-def best_resume(
-    candidates: Sequence[int], *, states_present: Sequence[bool], blocks_present: Sequence[bool]
-) -> int:
-    """The highest candidate whose state and whose blocks are all there, or 0."""
-    prefix = next((i for i, there in enumerate(blocks_present) if not there), len(blocks_present))
-    return max(
-        (
-            position
-            for position, there in zip(candidates, states_present, strict=True)
-            if there and position // BLOCK_TOKENS <= prefix
-        ),
-        default=0,
-    )

@@ -110,6 +110,12 @@ class PromptPublisher:
         finally:
             joining.cancel()
 
+    async def keep(self, position: int, state: bytes) -> None:
+        """A retained state at a multiple of 128, beside the chunks. The blocks before it are there
+        already.
+        """
+        await self._put([self._state(position, state)])
+
     async def finish(self, sequence: Exporting, handover: bytes) -> None:
         """Wait for all chunks, see that every block is there, then commit the hand-over state."""
         assert self._task is not None, "the publisher has not been entered"

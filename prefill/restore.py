@@ -1,26 +1,32 @@
-"""Finds and attaches the longest prefix of a prompt that the store can resume.
+"""Finds and attaches what the store has of a prompt, by the cheapest way (`prefill.resume`).
 
-Resumable at c: the state at c is there and so are all blocks before it. Whatever turns out to be
-missing on the way (evicted, damaged, never there) only makes the prefix shorter.
+Resumable at c: all blocks before it are there, and so is the state at c or the engine replays it.
+Whatever turns out to be missing on the way (evicted, damaged, never there) only makes the prefix
+shorter.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvstore.contracts import BlockStore, Buffer, Missing, StoreObject
-from penstock.blocks import BLOCK_TOKENS
+from model.engine import EngineInfo
+from penstock.blocks import BLOCK_TOKENS, CacheLayout
 from penstock.identity import Chain
 from prefill.leases import keep_leased
-from prefill.planner import best_resume, resume_candidates
+from prefill.planner import resume_candidates
+from prefill.resume import NOTHING, Choice, Costs, Kind, Way, choose, ways
 
 IDS_PER_LOOKUP = 32_768
 BATCH_BYTES = 16 << 20
 """Payload attached in one piece of work on the model thread: it must stay short beside chunks."""
+REPLAY_PIECE_TOKENS = 512
+"""Likewise, of a replay."""
 _ROUNDS = 8
 
 
@@ -33,6 +39,44 @@ class Attachable(Protocol):
 
     async def load_state(self, position: int, payload: Buffer) -> None: ...
 
+    async def replay(self, start: int) -> None: ...
+
+    async def replay_some(self, tokens: Sequence[int]) -> float: ...
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the choice depends on beside the prompt. `costs` are the worker's, and learn here."""
+
+    layout: CacheLayout
+    replay_tokens: int = 0
+    costs: Costs = field(default_factory=Costs)
+
+    @classmethod
+    def of(cls, info: EngineInfo, costs: Costs) -> Rule:
+        return cls(info.layout, info.replay_tokens, costs)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Where the sequence stands, and what of that was computed again."""
+
+    way: Way = NOTHING
+    replay_s: float = 0.0
+
+    @property
+    def position(self) -> int:
+        return self.way.position
+
+    @property
+    def cached(self) -> int:
+        """Tokens that were not computed."""
+        return self.way.start
+
+    @property
+    def replayed(self) -> int:
+        return self.way.replayed
+
 
 @dataclass
 class Restorer:
@@ -42,39 +86,57 @@ class Restorer:
     chain: Chain
     owner: str
     lease_ttl_s: float
+    rule: Rule
+    choice: Choice | None = None
+    """What the first look-up led to."""
     _unusable: set[bytes] = field(default_factory=set)
-    _planned: int = 0
-    """Where the first lookup said that the prompt could be resumed."""
+    _damaged: bool = False
     _blocks_there: int = 0
-    """Blocks from the prompt's start on that the first lookup found."""
+    """Blocks from the prompt's start on that the first look-up found."""
 
-    async def restore(self, sequence: Attachable) -> int:
-        """Position at which `sequence` stands afterwards: 0 (empty) to the prompt's length.
+    async def restore(self, sequence: Attachable) -> Restored:
+        """Leaves `sequence` at the result's position: 0 (empty) to the prompt's length.
 
         Raises StoreUnavailableError if the store cannot be asked.
         """
-        for attempt in range(_ROUNDS):
-            position = await self._look_up()
-            if not attempt:
-                self._planned = position
-            if not position:
-                return 0
-            if await self._attach(sequence, position):
-                return position
+        for _ in range(_ROUNDS):
+            choice = await self._look_up()
+            if self.choice is None:
+                self.choice = choice
+                if choice.way != choice.longest:
+                    # Not tried now, so nothing is learnt of it: the next ones may.
+                    self.rule.costs.fetch.forget()
+            way = choice.way
+            if way.kind is Kind.NOTHING:
+                return Restored()
+            if await self._attach(sequence, way):
+                return Restored(way, await self._replay(sequence, way))
             await sequence.reset()
-        return 0
+        return Restored()
 
-    def missed(self, position: int) -> dict[str, int]:
-        """Tokens after `position`, where `restore` came to stand, by the reason why they were not
-        restored (`catalog.PREFILL_MISSED`). Their sum is the rest of the prompt.
+    async def missed(self, restored: Restored) -> dict[str, int]:
+        """Tokens that were not restored, by the reason why (`catalog.PREFILL_MISSED`). Their sum is
+        the rest of the prompt. Asks the store what it evicted.
         """
-        length = len(self.chain.tokens)
-        whole = len(self.chain.blocks) * BLOCK_TOKENS
-        there = self._blocks_there * BLOCK_TOKENS
-        planned = max(position, self._planned)
-        covered = max(planned, there)
-        reasons = {"lost": planned - position, "no_state": covered - planned}
-        reasons["tail" if covered >= whole else "new"] = length - covered
+        length, chain, choice = len(self.chain.tokens), self.chain, self.choice
+        assert choice is not None, "nothing has been restored yet"
+        planned = max(choice.way.start, restored.cached)
+        possible = max(choice.longest.start, planned)
+        there = max(self._blocks_there * BLOCK_TOKENS, possible)
+        whole = len(chain.blocks) * BLOCK_TOKENS
+        reasons = {
+            "damaged" if self._damaged else "lost": planned - restored.cached,
+            "cheaper": possible - planned,
+        }
+        places = [c for c in resume_candidates(length) if possible < c <= there]
+        blocks = chain.blocks[there // BLOCK_TOKENS :] if there < whole else ()
+        gone = await self._evicted([*(chain.state_id(c) for c in places), *blocks])
+        states = [c for c, was_here in zip(places, gone, strict=False) if was_here]
+        resumable = max(states, default=possible)
+        lost_blocks = sum(gone[len(places) :]) * BLOCK_TOKENS
+        reasons["evicted"] = resumable - possible + lost_blocks
+        reasons["no_state"] = there - resumable
+        reasons["tail" if there >= whole else "new"] = length - there - lost_blocks
         return {reason: tokens for reason, tokens in reasons.items() if tokens}
 
     def forks(self, position: int) -> tuple[int, ...]:
@@ -86,8 +148,12 @@ class Restorer:
             (end * BLOCK_TOKENS,) if position // BLOCK_TOKENS < end < len(self.chain.blocks) else ()
         )
 
-    async def _look_up(self) -> int:
-        candidates = resume_candidates(len(self.chain.tokens))
+    async def _evicted(self, ids: Sequence[bytes]) -> list[bool]:
+        return await self.store.evicted(ids[:IDS_PER_LOOKUP]) if ids else []
+
+    async def _look_up(self) -> Choice:
+        length = len(self.chain.tokens)
+        candidates = resume_candidates(length)
         # Hashing thousands of tails takes tens of ms at a million tokens.
         states = await asyncio.to_thread(lambda: [self.chain.state_id(c) for c in candidates])
         ids = [*self.chain.blocks, *states]
@@ -98,30 +164,61 @@ class Restorer:
             there and id_ not in self._unusable for id_, there in zip(ids, present, strict=True)
         ]
         blocks = len(self.chain.blocks)
+        prefix = next((i for i in range(blocks) if not usable[i]), blocks)
         if not self._unusable:
-            self._blocks_there = next((i for i in range(blocks) if not usable[i]), blocks)
-        return best_resume(
-            candidates, states_present=usable[blocks:], blocks_present=usable[:blocks]
+            self._blocks_there = prefix
+        rule = self.rule
+        found = ways(
+            length,
+            [c for c, there in zip(candidates, usable[blocks:], strict=True) if there],
+            blocks=prefix,
+            layout=rule.layout,
+            replay_tokens=rule.replay_tokens,
         )
+        return choose(found, rule.costs, length)
 
-    async def _attach(self, sequence: Attachable, position: int) -> bool:
+    async def _replay(self, sequence: Attachable, way: Way) -> float:
+        """Seconds in the model."""
+        if way.kind is not Kind.REPLAY:
+            return 0.0
+        await sequence.replay(way.start)
+        total = 0.0
+        for start in range(way.start, way.position, REPLAY_PIECE_TOKENS):
+            end = min(start + REPLAY_PIECE_TOKENS, way.position)
+            seconds = await sequence.replay_some(self.chain.tokens[start:end])
+            self.rule.costs.computed(start, end - start, seconds)
+            total += seconds
+        return total
+
+    async def _attach(self, sequence: Attachable, way: Way) -> bool:
         """False if something was missing; the sequence may then hold a part."""
-        blocks = self.chain.blocks[: position // BLOCK_TOKENS]
+        blocks = self.chain.blocks[: way.position // BLOCK_TOKENS]
         # The state first: it is the piece most likely to have gone, and it is small.
-        ids = [self.chain.state_id(position), *blocks]
+        states = [self.chain.state_id(way.position)] if way.kind is Kind.STATE else []
+        ids = [*states, *blocks]
+        begun = time.monotonic()
         fetching = self.store.get(ids, owner=self.owner, lease_ttl_s=self.lease_ttl_s)
         async with (
             keep_leased(self.store, lambda: ids, owner=self.owner, ttl_s=self.lease_ttl_s),
             closing_iterator(fetching) as objects,
         ):
-            state = await anext(objects)
-            if isinstance(state, Missing):
-                self._unusable.add(state.id)
-                return False
+            state: StoreObject | None = None
+            if states:
+                first = await anext(objects)
+                if isinstance(first, Missing):
+                    return self._without(first)
+                state = first
             if not await self._attach_blocks(sequence, objects):
                 return False
-        await sequence.load_state(position, state.payload)
+        if state is not None:
+            await sequence.load_state(way.position, state.payload)
+        self.rule.costs.fetched(way.fetch_bytes, time.monotonic() - begun)
         return True
+
+    def _without(self, missing: Missing) -> bool:
+        self._unusable.add(missing.id)
+        self._damaged |= missing.damaged
+        return False
 
     async def _attach_blocks(
         self, sequence: Attachable, objects: AsyncIterator[StoreObject | Missing]
@@ -133,8 +230,7 @@ class Restorer:
         try:
             async for item in objects:
                 if isinstance(item, Missing):
-                    self._unusable.add(item.id)
-                    return False
+                    return self._without(item)
                 batch.append(item.payload)
                 size_bytes += len(item.payload)
                 if size_bytes >= BATCH_BYTES:

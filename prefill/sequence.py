@@ -99,6 +99,13 @@ class PromptSequence:
     async def load_state(self, position: int, payload: Buffer) -> None:
         await self._thread.run(self._load_state, position, payload)
 
+    async def replay(self, start: int) -> None:
+        await self._thread.run(self._engine_replay, start)
+
+    async def replay_some(self, tokens: Sequence[int]) -> float:
+        """Read the next tokens of a replay again; seconds in the model."""
+        return await self._thread.run(self._replay_some, tokens)
+
     async def export_blocks(self, indices: Sequence[int]) -> list[bytes]:
         return await self._thread.run(self._export_blocks, indices)
 
@@ -135,6 +142,14 @@ class PromptSequence:
 
     def _load_state(self, position: int, payload: Buffer) -> None:
         self._engine.load_state(self._live, position, payload)
+
+    def _engine_replay(self, start: int) -> None:
+        self._engine.replay(self._live, start)
+
+    def _replay_some(self, tokens: Sequence[int]) -> float:
+        begun = time.perf_counter()
+        self._engine.forward([Segment(self._live, tokens)])
+        return time.perf_counter() - begun
 
     def _export_blocks(self, indices: Sequence[int]) -> list[bytes]:
         return [self._engine.export_block(self._live, index) for index in indices]

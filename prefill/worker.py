@@ -200,6 +200,11 @@ class PrefillWorker:
         counters = self.counters
         for metric in (M.PREFILL_COMPUTED, M.PREFILL_CACHED, M.PREFILL_PUBLISHED):
             self.meters.read(metric, partial(counters.__getitem__, metric.name[len("worker_") :]))
+        costs = self.runner.costs
+        self.meters.read(M.FETCH_LATENCY, lambda: costs.fetch.factors[0])
+        self.meters.read(M.FETCH_BANDWIDTH, lambda: 1 / costs.fetch.factors[1])
+        self.meters.read(M.TOKEN_COST, lambda: costs.compute.factors[0])
+        self.meters.read(M.TOKEN_CONTEXT_COST, lambda: costs.compute.factors[1])
         self.meters.read(M.PREFILL_PENDING, lambda: self.scheduler.pending_tokens)
 
     async def _run(self, request: worker_pb2.PrefillRequest, write: Write) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import pathlib
 import random
 import sysconfig
@@ -25,7 +24,9 @@ from tokenizers import Tokenizer
 
 from training import documents, export, filler
 from training.batches import question_block
-from training.network import Batch, Network
+from training.network import Batch, Network, Select
+from training.rounding import PLAIN, SERVED, Cache
+from training.shares import wilson
 
 
 @dataclass
@@ -42,19 +43,10 @@ class Tally:
     cited: int = 0
     recalled: int = 0
     gold_mass: float = 0.0
+    nll: float = 0.0
     conversations: int = 0
     conversations_right: int = 0
     errors: list[str] = field(default_factory=list)
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share."""
-    if not n:
-        return (0.0, 1.0)
-    z, p = 1.96, hits / n
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return (round(max(0.0, middle - half), 4), round(min(1.0, middle + half), 4))
 
 
 def library_segment() -> Callable[[random.Random, int], str]:
@@ -83,7 +75,8 @@ def mixed_segment() -> Callable[[random.Random, int], str]:
 @torch.no_grad()
 def ask(
     network: Network, tok: Tokenizer, document: documents.Document,
-    questions: list[documents.Question], tally: Tally, *, quantized: bool = False,
+    questions: list[documents.Question], tally: Tally, *, cache: Cache = PLAIN,
+    select: Select = "index",
 ) -> None:  # fmt: skip
     """One conversation about one document, added to `tally`."""
     pairs = [(q.name, q.answer) for q in questions]
@@ -107,9 +100,10 @@ def ask(
     length = tokens.shape[1]
     index = torch.tensor(rows)
     batch = Batch(tokens, torch.arange(length)[None], torch.tensor([length]), index)
-    logits, evidence = network(batch, quantized=quantized)
+    logits, evidence = network(batch, cache=cache, select=select)
     said = logits.argmax(-1)
     target = tokens[0, index + 1]
+    losses_R = torch.nn.functional.cross_entropy(logits, target, reduction="none")
     unknown = tok.token_to_id(documents.UNKNOWN)
     all_right = True
     for number, (q, at) in enumerate(zip(questions, firsts, strict=True)):
@@ -133,7 +127,9 @@ def ask(
         gold = torch.tensor([[block_number, block_number + 1]])
         chosen, mass = evidence.chosen_RC[at], evidence.mass_HRC[:, at].mean(0)
         tally.cited += int(chosen[mass.argmax()] in gold[0])
-        tally.recalled += bool(torch.isin(chosen[: network.cfg.index_topk], gold).any())
+        best = min(network.cfg.index_topk, evidence.index_RE.shape[1])
+        tally.recalled += bool(torch.isin(evidence.index_RE[at].topk(best).indices, gold).any())
+        tally.nll += float(losses_R[at : at + 4].sum())
         tally.gold_mass += float((mass * torch.isin(chosen, gold[0])).sum())
         if not right:
             words = [str(tok.id_to_token(int(i))) for i in said[at : at + 4]]
@@ -145,7 +141,7 @@ def ask(
 def report(tally: Tally) -> dict[str, Any]:
     """Shares with intervals; `errors` keeps at most ten."""
     n, u = max(1, tally.answerable), max(1, tally.unanswerable)
-    counts = {k: v for k, v in asdict(tally).items() if k not in ("errors", "gold_mass")}
+    counts = {k: v for k, v in asdict(tally).items() if k not in ("errors", "gold_mass", "nll")}
     return counts | {
         "em": round(tally.exact / n, 4),
         "em_95": wilson(tally.exact, tally.answerable),
@@ -155,6 +151,7 @@ def report(tally: Tally) -> dict[str, Any]:
         "citation": round(tally.cited / n, 4),
         "recall16": round(tally.recalled / n, 4),
         "gold_mass": round(tally.gold_mass / n, 4),
+        "loss_per_digit": round(tally.nll / (4 * n), 5),
         "errors": tally.errors[:10],
     }
 
@@ -182,7 +179,7 @@ def measure(
         picked = documents.make_questions(
             document, seed, min(facts, per_document - absent), absent, accept=documents.held_out
         )
-        ask(network, tok, document, picked, tally, quantized=quantized)
+        ask(network, tok, document, picked, tally, cache=SERVED if quantized else PLAIN)
         asked += len(picked)
     settings = {"tokens": tokens, "facts": facts, "quantized": quantized, "last_seed": seed}
     return settings | report(tally) | {"seconds": round(time.monotonic() - began, 1)}
@@ -202,7 +199,7 @@ def demo(
         facts = random.Random(seed).randint(10, 40)
         document = documents.make_document(seed, tokens_at_least=33_000, facts=facts, count=count)
         ask(network, tok, document, documents.make_questions(document, seed, 7, 3), tally,
-            quantized=quantized)  # fmt: skip
+            cache=SERVED if quantized else PLAIN)  # fmt: skip
     return {"demo_seeds": seeds, "first_seed": first_seed, "quantized": quantized} | report(tally)
 
 

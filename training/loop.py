@@ -18,6 +18,7 @@ from training import batches, losses
 from training.config import Stage, TrainingConfig
 from training.muon import Muon
 from training.network import Distractors, Evidence, MoE, Network
+from training.rounding import PLAIN, SERVED
 
 HYPER_RATE = 0.25  # hyper-connection matrices see strongly correlated inputs: smaller Muon steps
 
@@ -139,8 +140,8 @@ def train(
             )  # fmt: skip
             logits, evidence = network(
                 task.batch, distractors=bank.offer(), share_entries=True,
-                dense=step < stage.dense_steps, quantized=rng.random() < stage.quantized,
-                sinkhorn_iters=cfg.sinkhorn_iters,
+                dense=step < stage.dense_steps, sinkhorn_iters=cfg.sinkhorn_iters,
+                cache=SERVED if rng.random() < stage.quantized else PLAIN,
             )  # fmt: skip
             outcome = losses.compute(logits, evidence, task, stage)
             if not torch.isfinite(outcome.loss):

@@ -17,14 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config import NetworkConfig
-from training.rounding import round_fp4, round_fp8
+from training.rounding import PLAIN, Cache
+
+Select = Literal["index", "dense", "random", "recent"]
+"""Which compressed entries the last layer attends to: the index's top-k, all, or a control of the
+same number (drawn by torch's generator, or the latest).
+"""
 
 
 @dataclass(frozen=True)
@@ -158,12 +163,11 @@ class Indexer(nn.Module):
         self.compressor = Compressor(cfg, 4, self.dim)
 
     def scores(
-        self, x_RD: Tensor, qr_R: Tensor, turn_R: Tensor, keys_EI: Tensor, quantized: bool
+        self, x_RD: Tensor, qr_R: Tensor, turn_R: Tensor, keys_EI: Tensor, cache: Cache
     ) -> Tensor:
         """Index scores [R, E] of asked rows against flat entries."""
         q = rotate(self.wq_b(qr_R).unflatten(-1, (self.heads, self.dim)), turn_R[:, None])
-        if quantized:
-            q = round_fp4(q)
+        q = cache.key(q)
         weights = self.weights_proj(x_RD) * (self.dim * self.heads) ** -0.5
         score = torch.zeros(())
         for head in range(self.heads):
@@ -198,10 +202,10 @@ class Attention(nn.Module):
         q = self.wq_b(qr).unflatten(-1, (self.cfg.num_attention_heads, -1))
         return rotate(rms(q, self.cfg.rms_norm_eps), turn[..., None, :, :]), qr
 
-    def keys(self, x: Tensor, turn: Tensor, quantized: bool) -> Tensor:
+    def keys(self, x: Tensor, turn: Tensor, cache: Cache) -> Tensor:
         """Window kv [..., K]."""
         kv = rotate(self.kv_norm(self.wkv(x)), turn)
-        return round_fp8(kv, self.cfg.qk_rope_head_dim) if quantized else kv
+        return cache.row(kv, self.cfg.qk_rope_head_dim)
 
     def output(self, o: Tensor, turn: Tensor) -> Tensor:
         """Inverse RoPE and the grouped low-rank projection: [..., H, K] -> [..., D]."""
@@ -441,7 +445,8 @@ class Network(nn.Module):
         distractors: Distractors | None = None,
         share_entries: bool = False,
         dense: bool = False,
-        quantized: bool = False,
+        cache: Cache = PLAIN,
+        select: Select = "index",
         sinkhorn_iters: int | None = None,
     ) -> tuple[Tensor, Evidence]:
         """Logits [R, V] at `batch.rows_R` and the evidence of the last layer."""
@@ -462,12 +467,11 @@ class Network(nn.Module):
             x_ND, post, logits = layer.enter("attn", x_NMD)
             x_BSD = x_ND.view(b, s, -1)
             q, _ = attn.queries(x_BSD, turn)
-            kv = attn.keys(x_BSD, turn, quantized)
+            kv = attn.keys(x_BSD, turn, cache)
             entries, seen = None, None
             if attn.ratio:
                 hca = attn.compressor(x_BSD, turn)
-                if quantized:
-                    hca = round_fp8(hca, cfg.qk_rope_head_dim)
+                hca = cache.row(hca, cfg.qk_rope_head_dim)
                 entries, seen = heavy_entries(batch, hca, attn.ratio, distractors, share_entries)
                 if not entries.shape[1]:
                     entries = None
@@ -479,7 +483,16 @@ class Network(nn.Module):
         last = self.layers[-1]
         assert isinstance(last, Layer)
         x_RMD, evidence = _last_layer(
-            last, batch, x_NMD, turns[1], distractors, share_entries, dense, quantized, iters, hca
+            last,
+            batch,
+            x_NMD,
+            turns[1],
+            distractors,
+            share_entries,
+            "dense" if dense else select,
+            cache,
+            iters,
+            hca,
         )
         f = x_RMD.flatten(1)
         m = F.linear(f, self.hc_head_fn) * torch.rsqrt(
@@ -514,6 +527,17 @@ def heavy_entries(
     return entries.expand(b, -1, -1), seen
 
 
+def _ranked(score_RE: Tensor, select: Select) -> Tensor:
+    """What the top-k is taken of: the index scores, or a control that ignores them."""
+    if select == "index":
+        return score_RE
+    if select == "recent":
+        control = torch.arange(score_RE.shape[1], dtype=score_RE.dtype).expand_as(score_RE)
+    else:
+        control = torch.rand_like(score_RE)
+    return control.masked_fill(score_RE == float("-inf"), float("-inf"))
+
+
 def _last_layer(
     layer: Layer,
     batch: Batch,
@@ -521,8 +545,8 @@ def _last_layer(
     turn_BS: Tensor,
     bank: Distractors | None,
     share: bool,
-    dense: bool,
-    quantized: bool,
+    select: Select,
+    cache: Cache,
     iters: int,
     hca: Tensor | None,
 ) -> tuple[Tensor, Evidence]:
@@ -534,8 +558,7 @@ def _last_layer(
     x_BSD = x_ND.view(b, s, -1)
     csa = attn.compressor(x_BSD, turn_BS)
     keys = attn.indexer.compressor(x_BSD.detach(), turn_BS)
-    if quantized:
-        csa, keys = round_fp8(csa, rope), round_fp4(keys)
+    csa, keys = cache.row(csa, rope), cache.key(keys)
     x_RD, turn_R = x_BSD.flatten(0, 1)[rows], turn_BS.flatten(0, 1)[rows]
     q_RHK, qr = attn.queries(x_RD, turn_R)
     q_RHK = q_RHK * cfg.head_dim**-0.5
@@ -544,7 +567,7 @@ def _last_layer(
     back = torch.arange(w)
     near_t = time_R[:, None] - back
     flat = (rows[:, None] - back).clamp_min(0)
-    kv_RWK = attn.keys(x_BSD.flatten(0, 1)[flat], turn_BS.flatten(0, 1)[flat], quantized)
+    kv_RWK = attn.keys(x_BSD.flatten(0, 1)[flat], turn_BS.flatten(0, 1)[flat], cache)
     near = torch.einsum("rhk,rwk->hrw", q_RHK, kv_RWK)
     near = near.masked_fill(near_t < 0, float("-inf"))
 
@@ -560,15 +583,16 @@ def _last_layer(
         flat_csa = torch.cat([flat_csa, bank.csa_XK])
         flat_keys = torch.cat([flat_keys, bank.index_XI])
         seen = F.pad(seen, (0, len(bank.csa_XK)), value=True)
-    score = attn.indexer.scores(x_RD.detach(), qr.detach(), turn_R, flat_keys, quantized)
+    score = attn.indexer.scores(x_RD.detach(), qr.detach(), turn_R, flat_keys, cache)
     score = score.masked_fill(~seen, float("-inf"))
     heads = cfg.num_attention_heads
-    if dense:
+    if select == "dense":
         chosen = torch.arange(len(flat_csa)).expand(len(rows), -1)
         valid = seen
         far = (q_RHK.transpose(0, 1) @ flat_csa.T).masked_fill(~valid, float("-inf"))
     else:
-        chosen = score.detach().topk(min(cfg.index_topk, score.shape[1])).indices
+        ranked = _ranked(score.detach(), select)
+        chosen = ranked.topk(min(cfg.index_topk, score.shape[1])).indices
         valid = seen.gather(1, chosen)
         picked = flat_csa[chosen]
         far = torch.einsum("rhk,rck->hrc", q_RHK, picked).masked_fill(~valid, float("-inf"))
@@ -576,7 +600,7 @@ def _last_layer(
     p = torch.cat([near, sink, far], dim=-1).softmax(-1)
     o = torch.einsum("hrw,rwk->rhk", p[..., :w], kv_RWK)
     mass = p[..., w + 1 :]
-    if dense:
+    if select == "dense":
         o = o + (mass @ flat_csa).transpose(0, 1)
     else:
         o = o + torch.einsum("hrc,rck->rhk", mass, picked)

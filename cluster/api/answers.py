@@ -203,3 +203,24 @@ class Cluster(BaseModel):
     workers_left_out: int
     store: dict[str, Any] | None
     prefix_cache: dict[str, float | None]
+
+
+class RouteWorker(BaseModel):
+    id: str
+    role: str
+    total: float | None
+    parts: dict[str, float | None]
+    facts: dict[str, float]
+    barred: str
+
+
+class RouteTold(BaseModel):
+    object: Literal["route"]
+    request_id: str
+    at: float
+    policy: str
+    unit: str
+    facts: dict[str, float]
+    prefill: str
+    decode: str
+    workers: list[RouteWorker]

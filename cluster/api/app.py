@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from cluster.api import batches, errors, files, generate, meta, overview, page
+from cluster.api import batches, errors, files, generate, meta, overview, page, routes
 from cluster.api.describe import describe
 from cluster.api.inside import InsideCalls
 from cluster.api.scope import RequestScope
@@ -75,6 +75,7 @@ def create_app(
     app.include_router(batches.router)
     app.include_router(meta.router)
     app.include_router(overview.router)
+    app.include_router(routes.router)
     app.include_router(page.router)
     app.add_middleware(RequestScope, state=state)
     keyed = bool(config.keys) or config.api_keys_file is not None

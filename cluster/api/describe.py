@@ -138,6 +138,7 @@ _OPERATIONS: dict[tuple[str, str], _Operation] = {
         query=(_query("scope", type="string", enum=["cluster", "front"], default="cluster"),),
     ),
     ("get", "/cluster"): _Operation(answers.Cluster),
+    ("get", "/cluster/routes/{request_id}"): _Operation(answers.RouteTold, (404,)),
 }
 
 

@@ -12,6 +12,10 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
 from cluster.contracts import Readiness, ServedModel, WorkerView
+from cluster.policy import NOTHING, Shape
+from cluster.routing.board import Board
+from cluster.routing.cost import CostPolicy
+from cluster.routing.told import Decisions, Told
 from decode.evidence import of_prompt
 from decode.grammar import LlGrammars
 from decode.output import Output
@@ -73,6 +77,7 @@ class FakeService:
         self.closed = 0
         self.requests: list[Request] = []
         """The latest ones, at most 64."""
+        self._decisions = Decisions()
 
     async def model(self) -> ServedModel:
         info = self._engine.info
@@ -81,6 +86,7 @@ class FakeService:
     async def generate(self, request: Request) -> AsyncIterator[Event]:
         self.opened += 1
         self.requests = [*self.requests[-63:], request]
+        await self._decide(request)
         sequence = self._engine.open(request.total_tokens)
         try:
             if self.plan.refuse is not None:
@@ -159,6 +165,23 @@ class FakeService:
             )
             for role in ("prefill", "decode")
         ]
+
+    async def _decide(self, request: Request) -> None:
+        """As the router would, among the two workers that there seem to be."""
+        board = Board()
+        board.show(await self.workers())
+        shape = Shape(len(request.token_ids), request.stop.max_tokens)
+        self._decisions.keep(
+            request.request_id,
+            CostPolicy().choose(board, shape, NOTHING),
+            tenant=request.tenant,
+            at=time.time(),
+            mirror_age_s=float("inf"),
+            rows=2,
+        )
+
+    async def route_told(self, request_id: str, *, tenant: bytes) -> Told | None:
+        return self._decisions.told(request_id, tenant=tenant)
 
     async def store_stat(self) -> dict[str, float]:
         return {"used_bytes": 0.0}

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from cluster.auth.limiter import Admission
 from cluster.contracts import Readiness, ServedModel, Service, WorkerView
+from cluster.routing.told import Told
 from penstock.request import Event, Finish, Progress, Request, TokenChunk
 
 _current: ContextVar[Admission | None] = ContextVar("penstock_admission", default=None)
@@ -75,6 +76,9 @@ class MeteredService:
 
     async def workers(self) -> list[WorkerView]:
         return await self._service.workers()
+
+    async def route_told(self, request_id: str, *, tenant: bytes) -> Told | None:
+        return await self._service.route_told(request_id, tenant=tenant)
 
     async def store_stat(self) -> dict[str, float]:
         return await self._service.store_stat()

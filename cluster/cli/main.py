@@ -22,6 +22,7 @@ from cluster.cli import (
     demo,
     doctor,
     evaluate,
+    explain,
     fetch,
     keys,
     kv,
@@ -47,7 +48,7 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     app.callback(help="Serves DeepSeek-V4-class models with million-token context.")(_root)
-    for group in (serve, kvstore, fetch, demo, ask, run_batch, logits, doctor, simulate):
+    for group in (serve, kvstore, fetch, demo, ask, run_batch, logits, doctor, simulate, explain):
         group.register(app)
     batch.register(app)
     bench.register(app)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 
 from cluster.contracts import WorkerView
 from cluster.failover.patience import Patience, Suspects
-from cluster.policy import DECODE, PREFILL, Route, Shape
+from cluster.policy import DECODE, PREFILL, Route
 from cluster.router import Router
-from cluster.routing.charge import Charged
+from cluster.routing.passage import Passage
 from cluster.workers import Hold
 from penstock.errors import PenstockError, UnavailableError, WorkerUnavailableError
 from penstock.request import Request
@@ -36,6 +36,8 @@ class Ground:
     suspects: Suspects = field(default_factory=Suspects)
     failovers: Counter[str] = field(default_factory=Counter)
     """How often a request went to another worker, by the role of the one that failed."""
+    has_served: bool = False
+    """Has there ever been a route?"""
     lost_tokens: int = 0
     """Prompt tokens that were committed and yet computed again."""
 
@@ -48,48 +50,48 @@ class Ground:
     @contextlib.asynccontextmanager
     async def footing(self, request: Request, attempt: int) -> AsyncIterator[Footing]:
         """A request's workers, from the decision to its end. Raises `WorkerUnavailableError`."""
-        shape = Shape(prompt_tokens=len(request.token_ids), max_tokens=request.stop.max_tokens)
-        workers = await self.router.workers()
-        avoid = self.suspects.among(workers, time.monotonic())
+        with trace.span("route"):
+            passage = await self._first(request)
+        standing = Footing(self, request, passage, attempt)
         try:
-            decision = await self.router.route(shape, avoid=avoid)
-        except WorkerUnavailableError:
-            if not avoid:
-                raise
-            decision = await self.router.route(shape)
-        standing = Footing(self, request, shape, decision.route, attempt)
-        try:
-            standing.charged = self.router.charge(decision)
-            await standing.held.enter_async_context(self.hold(decision.route, request.request_id))
+            await standing.held.enter_async_context(self.hold(passage.route, request.request_id))
             yield standing
         finally:
             await standing.leave()
+
+    async def _first(self, request: Request) -> Passage:
+        """Waits for workers only if there have been some: then they are on their way back."""
+        patience = Patience(self.window_s)
+        while True:
+            workers = await self.router.workers(fresh=bool(patience.failures))
+            avoid = self.suspects.among(workers, time.monotonic())
+            try:
+                passage = await self.router.route(request, avoid=avoid)
+            except WorkerUnavailableError as error:
+                if not self.has_served:
+                    raise
+                await asyncio.sleep(patience.failed(error, time.monotonic()))
+                continue
+            self.has_served = True
+            return passage
 
 
 class Footing:
     """One request's. `attempt` rises with every move: the fence of what runs now."""
 
-    def __init__(
-        self, ground: Ground, request: Request, shape: Shape, route: Route, attempt: int
-    ) -> None:
-        self.route = route
+    def __init__(self, ground: Ground, request: Request, passage: Passage, attempt: int) -> None:
+        self.passage = passage
+        """Its charges, and what its events tell of the two workers."""
         self.attempt = attempt
         self.patience = Patience(ground.window_s)
-        self.charged: Charged | None = None
         self.held = AsyncExitStack()
         self._ground = ground
         self._request = request
-        self._shape = shape
         self._moving = asyncio.Lock()
 
-    def read(self, tokens_done: int) -> None:
-        """So many prompt tokens are ready."""
-        if self.charged is not None:
-            self.charged.read(tokens_done)
-
-    def answering(self) -> None:
-        if self.charged is not None:
-            self.charged.answering()
+    @property
+    def route(self) -> Route:
+        return self.passage.route
 
     async def move(self, role: str, error: PenstockError) -> None:
         """To another worker of `role`, or to the same one again if there is no other. Raises
@@ -128,24 +130,22 @@ class Footing:
         # The other role's suspects are not in question here.
         mine = [w for w in workers if w.role == role]
         avoid = ground.suspects.among(mine, time.monotonic()) | strangers
-        route = (await ground.router.route(self._shape, avoid=avoid)).route
+        route = (await ground.router.decide(self._request, avoid=avoid)).route
         return route.prefill if role == PREFILL else route.decode
 
     async def _go_to(self, role: str, worker: WorkerView) -> None:
-        before, held = self.charged, AsyncExitStack()
+        before, held = self.passage, AsyncExitStack()
         changes = {"prefill": worker} if role == PREFILL else {"decode": worker}
         route = replace(self.route, **changes)
         await held.enter_async_context(self._ground.hold(route, self._request.request_id))
-        self.route, self.charged = route, self._ground.router.charge_route(route, self._shape)
+        self.passage = self._ground.router.passage(route, self._request)
         if role == DECODE:
             # What is left for prefill, if anything, is little.
-            self.charged.answering()
-        if before is not None:
-            before.close()
+            self.passage.answering()
+        before.close()
         before_held, self.held = self.held, held
         await before_held.aclose()
 
     async def leave(self) -> None:
-        if self.charged is not None:
-            self.charged.close()
+        self.passage.close()
         await self.held.aclose()

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from cluster.failover.footing import Footing, Ground
 from cluster.policy import DECODE, PREFILL
-from cluster.workers import DecodeFinished, WorkerCalls
+from cluster.workers import DecodeFinished, PrefillFinished, WorkerCalls
 from penstock.errors import PenstockError
 from penstock.request import Progress, Request, Resume, TokenChunk
 from penstock.telemetry import trace
@@ -83,7 +83,7 @@ class Relay:
                             yield event
                             return
                         if (fresh := self._fresh(event)) is not None:
-                            footing.answering()
+                            footing.passage.drew(len(fresh.token_ids))
                             yield fresh
                 return
             except PenstockError as error:
@@ -104,6 +104,7 @@ class Relay:
     def _granted(self, needs_prefill: bool) -> None:
         """A decode worker has reserved; does it wait for something to be read?"""
         self.timings.setdefault("reserve_s", time.monotonic() - self._started)
+        self._footing.passage.granted()
         if not needs_prefill:
             self._has_read()
             return
@@ -125,6 +126,11 @@ class Relay:
             try:
                 with trace.span("prefill", worker=worker.worker_id):
                     async for progress in self._calls.prefill(worker, request, footing.attempt):
+                        if isinstance(progress, PrefillFinished):
+                            if not emitted:
+                                cached, took_s = progress.cached_tokens, progress.compute_s
+                                footing.passage.computed(cached, took_s)
+                            return
                         if done and not restored:
                             self._ground.lost_tokens += max(0, done - progress.tokens_done)
                         restored = True
@@ -133,7 +139,7 @@ class Relay:
                             footing.patience.progressed()
                         if not emitted and done > self._shown:
                             self._shown = done
-                            footing.read(done)
+                            footing.passage.read(done, progress.cached_tokens)
                             yield replace(progress, tokens_done=done)
                 return
             except PenstockError as error:

@@ -40,15 +40,15 @@ class CostPolicy:
     def choose(
         self, board: Board, shape: Shape, resident: Resident, *, avoid: frozenset[str] = NOBODY
     ) -> Choice:
-        terms = _Terms(shape, resident)
         best = None
         for group in able(board, avoid):
+            terms = _Terms(shape, resident.for_(group.fingerprint))
             at, prefill_s = terms.best_prefill(group.prefill)
             to, decode_s = terms.best_decode(group.decode, prefill_s)
             if best is None or prefill_s + decode_s < best[0]:
-                best = (prefill_s + decode_s, group, at, to, prefill_s)
+                best = (prefill_s + decode_s, group, at, to, prefill_s, terms)
         assert best is not None, "`able` returns at least one group"
-        _, group, at, to, prefill_s = best
+        _, group, at, to, prefill_s, terms = best
         return Choice(
             policy=RoutingPolicy.COST,
             route=Route(group.prefill.workers[at], group.decode.workers[to]),

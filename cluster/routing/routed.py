@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from penstock.blocks import BLOCK_TOKENS
@@ -18,11 +17,10 @@ _SEEN_WORKERS = 8
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Reading:
-    """One prompt that a prefill worker has been given. `resumable`: where it will keep states."""
+    """One prompt that a prefill worker has been given."""
 
     worker_id: str
     blocks: tuple[bytes, ...]
-    resumable: tuple[int, ...]
 
 
 class InFlight:
@@ -36,8 +34,8 @@ class InFlight:
         """Blocks that somebody reads."""
         return len(self._by_block)
 
-    def begin(self, worker_id: str, blocks: tuple[bytes, ...], resumable: Iterable[int]) -> Reading:
-        reading = Reading(worker_id, blocks, tuple(sorted(resumable)))
+    def begin(self, worker_id: str, blocks: tuple[bytes, ...]) -> Reading:
+        reading = Reading(worker_id, blocks)
         by_block = self._by_block
         if by_block.keys().isdisjoint(blocks):
             by_block.update(dict.fromkeys(blocks, reading))
@@ -63,22 +61,17 @@ class InFlight:
         return readers if isinstance(readers, tuple) else (readers,)
 
     def near(self, blocks: Sequence[bytes]) -> Mapping[str, int]:
-        """Worker id -> position at which a prompt of these blocks could resume once that worker has
-        read what it is reading.
+        """Worker id -> leading tokens of a prompt of these blocks that it is reading: it keeps a
+        state where a prompt that waits for it parts from the one that it reads.
         """
         found: dict[str, int] = {}
         live = self._readers(blocks[0]) if blocks else ()
-        for index in range(1, len(blocks) + 1):
-            if not live:
-                break
-            here = self._readers(blocks[index]) if index < len(blocks) else ()
+        index = 0
+        while live:
+            index += 1
             for reading in live:
-                if reading in here:
-                    continue
-                at = bisect_right(reading.resumable, index * BLOCK_TOKENS)
-                if at:
-                    position = reading.resumable[at - 1]
-                    found[reading.worker_id] = max(position, found.get(reading.worker_id, 0))
+                found[reading.worker_id] = index * BLOCK_TOKENS
+            here = self._readers(blocks[index]) if index < len(blocks) else ()
             live = tuple(reading for reading in live if reading in here)
         return found
 

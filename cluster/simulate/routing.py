@@ -27,7 +27,6 @@ from cluster.routing.routed import WORTH_WAITING_TOKENS, InFlight, Reading, Seen
 from cluster.simulate.costs import Costs
 from cluster.simulate.life import Life
 from cluster.simulate.store import SimStore
-from prefill.planner import retained_positions
 
 _FINGERPRINT = bytes(32)
 _LEAST_SEQUENCE_S = 1e-6
@@ -79,8 +78,7 @@ class SimRouter:
         routed = _Routed(Charged(self._board, decision.route, shape, resident))
         worker = decision.route.prefill.worker_id
         if self._is_long(request.prompt_tokens - resident.resumable_tokens):
-            resumable = retained_positions(request.prompt_tokens)
-            routed.reading = self._in_flight.begin(worker, request.blocks, resumable)
+            routed.reading = self._in_flight.begin(worker, request.blocks)
         if self._overlap:
             self._seen.note(worker, request.blocks)
         self._routed[life] = routed

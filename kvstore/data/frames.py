@@ -33,6 +33,8 @@ MOST_ANSWER_BYTES = 1 << 20
 class What(IntEnum):
     GET = 1
     PUT = 2
+    PLACE = 3
+    """Not on a data connection: the writer has written into the node's memory."""
 
 
 def send_request(link: Link, what: What, ticket: bytes, timeout_s: float) -> None:

@@ -80,15 +80,19 @@ class ReceiveWork:
             put.abort()
 
     def _commit(self, put: OpenPut, digest: bytes) -> None:
-        try:
-            fresh = put.commit(digest)
-        except PenstockError as error:
-            self._answers.append(refused(put.reservation.id, error))
-            return
-        status = kv_pb2.PutResponse.STATUS_EXISTS
-        if fresh:
-            status = kv_pb2.PutResponse.STATUS_COMMITTED
-        self._answers.append(kv_pb2.PutResponse(status=status, id=put.reservation.id))
+        self._answers.append(settled(put, digest))
+
+
+def settled(put: OpenPut, digest: bytes) -> kv_pb2.PutResponse:
+    """Commits an object that has come whole; the answer for it."""
+    try:
+        fresh = put.commit(digest)
+    except PenstockError as error:
+        return refused(put.reservation.id, error)
+    status = kv_pb2.PutResponse.STATUS_EXISTS
+    if fresh:
+        status = kv_pb2.PutResponse.STATUS_COMMITTED
+    return kv_pb2.PutResponse(status=status, id=put.reservation.id)
 
 
 def refused(id_: bytes, error: PenstockError) -> kv_pb2.PutResponse:

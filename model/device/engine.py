@@ -183,6 +183,9 @@ class DeviceEngine:
             raise ValueError(f"position {position} is beyond the capacity {mine.capacity}")
         self._wire.load_state(mine, position, memoryview(payload))
 
+    def replay(self, sequence: Sequence, start: int) -> None:
+        raise ValueError("this engine cannot replay")
+
     @torch.inference_mode()
     def forward(self, segments: Seq[Segment]) -> list[SegmentResult]:
         work = [

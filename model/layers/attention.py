@@ -88,7 +88,8 @@ class Attention:
             values = entries.values_NC
             if values.shape[0]:
                 values = self._codec.round_kv(values)
-            entries.store(values, [c.entries_EC for c in caches], rows.share)
+            attached = [c.attached for c in caches]
+            entries.store(values, [c.entries_EC for c in caches], rows.share, attached=attached)
             for cache, carry, raw in zip(caches, carries, entries.known, strict=True):
                 cache.carry = carry
                 if cache.trail is not None:

@@ -30,18 +30,26 @@ class NewEntries:
     """Raw rows of each span: its carry before the pass, then the pass's own."""
 
     def store(
-        self, rounded_NC: Tensor, targets: Sequence[Tensor], share: Share | None = None
+        self,
+        rounded_NC: Tensor,
+        targets: Sequence[Tensor],
+        share: Share | None = None,
+        *,
+        attached: Sequence[int],
     ) -> None:
         """Write each span's (rounded) entries to its place in its cache; of a `share` those of all
-        planes.
+        planes. Entries of the first `attached` tokens are there already and stay.
         """
         if share is not None:
             first, every = share.entries(rounded_NC, ratio=self.ratio)
-            targets[0][first : first + every.shape[0]] = every
+            skip = min(max(attached[0] // self.ratio - first, 0), every.shape[0])
+            targets[0][first + skip : first + every.shape[0]] = every[skip:]
             return
         at = 0
-        for target, first, count in zip(targets, self.firsts, self.counts, strict=True):
-            target[first : first + count] = rounded_NC[at : at + count]
+        spans = zip(targets, self.firsts, self.counts, attached, strict=True)
+        for target, first, count, known in spans:
+            skip = min(max(known // self.ratio - first, 0), count)
+            target[first + skip : first + count] = rounded_NC[at + skip : at + count]
             at += count
 
 

@@ -52,7 +52,8 @@ class Indexer:
         keys = entries.values_NC
         if keys.shape[0]:
             keys = self._codec.round_index(keys)
-        entries.store(keys, [c.index_EC for c in caches], rows.share)
+        attached = [c.attached for c in caches]
+        entries.store(keys, [c.index_EC for c in caches], rows.share, attached=attached)
         for cache, carry, raw in zip(caches, carries, entries.known, strict=True):
             cache.index_carry = carry
             if cache.trail is not None:

@@ -31,7 +31,7 @@ from penstock.errors import WorkerUnavailableError
 
 T = TypeVar("T")
 CALLS = frozenset(
-    {"open", "release", "load_block", "load_state", "forward", "seek", "draft", "logits"}
+    {"open", "release", "load_block", "load_state", "replay", "forward", "seek", "draft", "logits"}
 )
 """What a follower may be told to call."""
 
@@ -78,6 +78,9 @@ class RankedEngine:
 
     def load_state(self, sequence: Sequence, position: int, payload: Buffer) -> None:
         self._here_first(self._engine.load_state, sequence, position, payload)
+
+    def replay(self, sequence: Sequence, start: int) -> None:
+        self._here_first(self._engine.replay, sequence, start)
 
     def forward(self, segments: Seq[Segment]) -> list[SegmentResult]:
         return self._together(

@@ -19,7 +19,17 @@ _STORE: tuple[Process, ...] = ("store",)
 OUTCOMES = ("stop", "length", "cancelled", "refused", "failed")
 ENDPOINTS = ("chat", "completions", "batch")
 ERROR_CODES = error_codes()
-MISS_REASONS = ("new", "no_state", "lost", "tail")
+MISS_REASONS = (
+    "new",
+    "evicted",
+    "no_state",
+    "cheaper",
+    "lost",
+    "damaged",
+    "unreachable",
+    "tail",
+)
+RESUME_WAYS = ("state", "replay", "nothing")
 DIRECTIONS = ("put", "get")
 _MOST_ROUTES = 48
 _MOST_STATUSES = 32
@@ -375,11 +385,14 @@ DATA_FALLBACKS = Metric(
     WORKERS,
     "Transfers that went on over gRPC: the data port was `unreachable`, all connections `busy`, the"
     " connection `cut` or `silent`, a chunk `damaged` or `garbage`, `tls` failed; `resting`: one of"
-    " these a moment before",
+    " these a moment before; a writer could not write into the node's `memory`",
     (
         Label(
             "reason",
-            ("unreachable", "busy", "cut", "silent", "damaged", "garbage", "tls", "resting"),
+            (
+                *("unreachable", "busy", "cut", "silent", "damaged", "garbage", "tls"),
+                *("resting", "memory"),
+            ),
         ),
     ),
     still="the data port can be reached",
@@ -411,10 +424,44 @@ PREFILL_MISSED = Metric(
     "worker_prefill_missed_tokens_total",
     "counter",
     _PREFILL,
-    "Prompt tokens not restored, by reason: `new` no block of them in the store; `no_state` blocks"
-    " are there but no state to resume at; `lost` it vanished or did not verify between lookup and"
-    " attach; `tail` everything before them was there, they fill no block",
+    "Prompt tokens not restored, by reason: `new` no block of them in the store, as far as it"
+    " knows; `evicted` they were there lately and had to make room; `no_state` blocks are there but"
+    " no state to resume at; `cheaper` computing them was predicted to be faster; `lost` they"
+    " vanished between look-up and attach; `damaged` they did not verify; `unreachable` the store"
+    " did not answer; `tail` everything before them was there, they fill no block",
     (Label("reason", MISS_REASONS),),
+)
+RESTORES = Metric(
+    "worker_restores_total",
+    "counter",
+    _PREFILL,
+    "Prompts by the way they were resumed: from a `state`, by `replay` of the last tokens before"
+    " it, or from `nothing`",
+    (Label("way", RESUME_WAYS),),
+)
+FETCH_LATENCY = Metric(
+    "worker_resume_fetch_latency_seconds",
+    "gauge",
+    _PREFILL,
+    "What the resume rule has learnt: a restore's seconds whatever its size",
+)
+FETCH_BANDWIDTH = Metric(
+    "worker_resume_fetch_bytes_per_second",
+    "gauge",
+    _PREFILL,
+    "Likewise: payload fetched and attached in a second",
+)
+TOKEN_COST = Metric(
+    "worker_resume_token_seconds",
+    "gauge",
+    _PREFILL,
+    "Likewise: computing a prompt's first token, beside others of its chunk",
+)
+TOKEN_CONTEXT_COST = Metric(
+    "worker_resume_token_context_seconds",
+    "gauge",
+    _PREFILL,
+    "Likewise: what each token of context adds to computing a token",
 )
 PREFILL_RECOMPUTED = Metric(
     "worker_prefill_recomputed_tokens_total",

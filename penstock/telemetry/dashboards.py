@@ -356,8 +356,9 @@ CACHE = Dashboard(
             (
                 Panel(
                     "Why tokens were not restored",
-                    "new: never seen. no_state: blocks without a state. lost: vanished. tail: too"
-                    " short for a block.",
+                    "new: never seen. evicted: had to make room. no_state: blocks without a state."
+                    " cheaper: computed by choice. lost: vanished. damaged: did not verify."
+                    " tail: too short for a block.",
                     (
                         (
                             worker_rate("worker_prefill_missed_tokens_total", "reason"),

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import socket
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.cluster.breakage import (
     assert_idle,
@@ -107,3 +115,86 @@ def test_forty_hang_ups_at_random_moments_leave_nothing_and_spoil_nothing(slow: 
     expected = fake_answer(prompt, 8)
     print(f"tokens of a request afterwards: {answer.token_ids}, expected {expected}")
     assert answer.token_ids == expected
+
+
+@dataclass(frozen=True)
+class HangUp:
+    """Where one client goes away."""
+
+    sent: float
+    """The part of its request that it sends."""
+    events: int | None
+    """Lines of the answer that it reads; None: it reads nothing and waits `after_s`."""
+    after_s: float
+    length: int
+    seed: int
+    fields: dict[str, Any]
+
+    def act(self, url: str) -> None:
+        where = httpx.URL(url)
+        body = json.dumps(body_of(prompt_of(self.length, self.seed), **self.fields)).encode()
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: {where.host}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        whole = head.encode() + body
+        with socket.create_connection((where.host, where.port or 80), timeout=5) as client:
+            client.sendall(whole[: int(len(whole) * self.sent)])
+            if self.sent < 1.0 or self.events is None:
+                time.sleep(self.after_s)
+                return
+            client.settimeout(2.0)
+            seen = b""
+            with contextlib.suppress(TimeoutError):
+                while seen.count(b"\n\n") <= self.events and (piece := client.recv(4096)):
+                    seen += piece
+
+
+@st.composite
+def hang_ups(draw: st.DrawFn) -> list[HangUp]:
+    """One to three clients at once, each of which goes away somewhere."""
+    return draw(
+        st.lists(
+            st.builds(
+                HangUp,
+                sent=st.one_of(st.just(1.0), st.floats(0.0, 0.99)),
+                events=st.one_of(st.none(), st.integers(0, 25)),
+                after_s=st.floats(0.0, 0.6),
+                length=st.sampled_from([3, 300, 900, 5000]),
+                # Two of them may have the same prompt: one waits for the other.
+                seed=st.sampled_from([70, 71]),
+                fields=st.fixed_dictionaries(
+                    {
+                        "max_tokens": st.integers(1, 60),
+                        "stream": st.booleans(),
+                        "n": st.sampled_from([1, 3]),
+                        "priority": st.sampled_from(["interactive", "normal", "batch"]),
+                        "evidence": st.booleans(),
+                    }
+                ),
+            ),
+            min_size=1,
+            max_size=3,
+        )
+    )
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(clients=hang_ups())
+def test_hanging_up_at_any_moment_frees_everything(slow: Cluster, clients: list[HangUp]) -> None:
+    """hypothesis picks the moments: in the request's head or body, in line, while the prompt is
+    read, waited for or handed over, and at any token.
+    """
+    acting = [threading.Thread(target=client.act, args=(slow.url,)) for client in clients]
+    for thread in acting:
+        thread.start()
+    for thread in acting:
+        thread.join(20)
+        assert not thread.is_alive()
+    _assert_freed(slow, f"{len(clients)} clients gone")
+
+
+def test_an_answer_after_all_that_is_right(slow: Cluster) -> None:
+    prompt = prompt_of(900, 70)
+    answer = slow.complete(prompt, max_tokens=8, ignore_eos=True)
+    assert answer.token_ids == fake_answer(prompt, 8)

@@ -51,7 +51,8 @@ async def test_chunk_size_does_not_change_the_answer(chunk_tokens: int) -> None:
         pytest.param(3000, 2400, (), 2304, id="one of the last 8 borders"),
         pytest.param(3000, 700, (650,), 640, id="message boundary"),
         pytest.param(9000, 8500, (), 8448, id="last border beside the period"),
-        pytest.param(12000, 9000, (), 8192, id="every 8192 tokens"),
+        pytest.param(20000, 8300, (), 8192, id="every 8192 tokens"),
+        pytest.param(12000, 9000, (), 8832, id="replayed beyond it"),
     ],
 )
 async def test_a_prefix_hit_at_every_kind_of_boundary_gives_the_same_tokens(

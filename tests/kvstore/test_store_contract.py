@@ -153,6 +153,18 @@ async def test_a_rolling_state_that_others_need_stays(store: BlockStore) -> None
     assert await store.has(held) == [True, True, True]
 
 
+async def test_what_had_to_make_room_is_remembered_until_it_is_back(world: World) -> None:
+    of, client = chain(4), world.client()
+    items = blocks_of(of)
+    await client.put_many(items, owner="w", lease_ttl_s=5)
+    await client.release("w")
+    assert await client.evicted([*of.blocks, b"?" * 32]) == [False] * 5
+    world.node.evict([of.blocks[3], of.blocks[1]], size_bytes=0, memory=True, disk=True)
+    assert await client.evicted([*of.blocks, b"?" * 32]) == [False, True, False, True, False]
+    await client.put(items[3], owner="w", lease_ttl_s=5)
+    assert await client.evicted(of.blocks) == [False, True, False, False]
+
+
 async def test_bytes_of_another_fingerprint_or_layout_are_missing_and_counted(world: World) -> None:
     item = block(chain(1), 0)
     wider = CacheLayout(

@@ -139,6 +139,49 @@ def a_restored_sequence_goes_on_alike(make: Factory) -> None:
         assert snapshot(other, restored) == whole, position
 
 
+def a_replay_is_exact_and_leaves_the_blocks_alone(make: Factory) -> None:
+    engine, other = make(), make()
+    count = engine.info.replay_tokens
+    if not count:
+        return
+    end = -(-(count + 40) // BLOCK_TOKENS) * BLOCK_TOKENS
+    tokens = tokens_for(engine, end + 85)
+    sequence = engine.open(len(tokens))
+    (at_end,) = engine.forward([Segment(sequence, tokens, (end,))])
+    whole = snapshot(engine, sequence)
+    for start, chunk in ((end - count, 1 << 20), (end - count, 100), (0, 300)):
+        replayed = other.open(len(tokens))
+        for index in range(end // BLOCK_TOKENS):
+            other.load_block(replayed, index, whole[index])
+        other.replay(replayed, start)
+        assert replayed.position == start
+        for at in range(start, end, chunk):
+            other.forward([Segment(replayed, tokens[at : min(at + chunk, end)])])
+        assert other.export_state(replayed) == at_end.states[end], (start, chunk)
+        other.forward([Segment(replayed, tokens[end:])])
+        assert snapshot(other, replayed) == whole, (start, chunk)
+
+
+def a_replay_that_could_not_be_exact_is_refused(make: Factory) -> None:
+    engine = make()
+    count = engine.info.replay_tokens
+    tokens = tokens_for(engine, count + 2 * BLOCK_TOKENS)
+    sequence = absorb(engine, tokens, chunk=len(tokens))
+    blocks = (len(tokens) // BLOCK_TOKENS) * BLOCK_TOKENS
+    with pytest.raises(ValueError):
+        engine.replay(sequence, 0)
+    fresh = engine.open(len(tokens))
+    for index in range(blocks // BLOCK_TOKENS):
+        engine.load_block(fresh, index, engine.export_block(sequence, index))
+    for start in (-128, 1, blocks - count + 128 if count else 0, blocks + 128):
+        with pytest.raises(ValueError):
+            engine.replay(fresh, start)
+    if count:
+        engine.replay(fresh, 0)
+        with pytest.raises(ValueError):
+            engine.forward([Segment(fresh, tokens[:300], (128,))])
+
+
 def other_tokens_give_other_results(make: Factory) -> None:
     engine = make()
     tokens = tokens_for(engine, 40)
@@ -362,6 +405,8 @@ CLAUSES: tuple[Callable[[Factory], None], ...] = (
     companions_change_nothing,
     states_inside_a_segment_are_those_at_its_end,
     a_restored_sequence_goes_on_alike,
+    a_replay_is_exact_and_leaves_the_blocks_alone,
+    a_replay_that_could_not_be_exact_is_refused,
     other_tokens_give_other_results,
     an_empty_segment_or_batch_does_nothing,
     misuse_is_a_value_error,

@@ -36,7 +36,7 @@ from penstock.blocks import BLOCK_TOKENS
 from penstock.request import Sampling
 from penstock.worker import ModelSpec
 from tests.model import drawn, oracle
-from tests.model.engine_contract import snapshot
+from tests.model.engine_contract import a_replay_is_exact_and_leaves_the_blocks_alone, snapshot
 
 # Beyond one pass of 1024 rows only in the long profile; test_paths.py does it in every run.
 MOST = 1500 if drawn.LONG else 640
@@ -209,6 +209,33 @@ def test_a_drawn_model_keeps_its_bits(
 ) -> None:
     with engine_of(config, seed, *format_) as engine:
         compare(engine, steps, seed)
+
+
+@drawn.examples(5)
+@given(
+    config=drawn.configs(index_heads=(4, 32)),
+    format_=st.sampled_from(FORMATS),
+    seed=st.integers(0, 99),
+)
+def test_a_drawn_model_s_replay_is_exact(
+    config: dict[str, Any], format_: tuple[str, str], seed: int
+) -> None:
+    with engine_of(config, seed, *format_) as engine:
+        a_replay_is_exact_and_leaves_the_blocks_alone(lambda: engine)
+
+
+@pytest.mark.parametrize("draft", ["mtp", "dspark"])
+def test_a_replay_restores_the_draft_module_too(draft: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, draft=draft)
+    engine = load_engine(tmp_path, draft_tokens="auto")
+    assert engine.info.replay_tokens > 0
+    a_replay_is_exact_and_leaves_the_blocks_alone(lambda: engine)
+    engine.close()
+
+
+def test_class_fast_offers_no_replay(model: Models) -> None:
+    engine = load_engine(model("ledger_like").folder, numerics="fast")
+    assert engine.info.replay_tokens == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -9,11 +9,11 @@ from penstock.blocks import BLOCK_TOKENS, STATE_ALIGN_TOKENS
 from prefill.planner import (
     LAST_BORDERS,
     PERIOD_TOKENS,
-    best_resume,
     plan_chunks,
     resume_candidates,
     retained_positions,
 )
+from tests.prefill.oracle import best_resume
 
 LENGTHS = st.one_of(st.integers(1, 700), st.integers(1, 40_000))
 BOUNDARIES = st.lists(st.integers(0, 50_000), max_size=6)

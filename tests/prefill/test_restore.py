@@ -14,9 +14,11 @@ from model.engine import Segment
 from model.fake import FakeEngine
 from penstock.blocks import ObjectKind
 from penstock.identity import Chain
-from prefill.planner import best_resume, resume_candidates
-from prefill.restore import Restorer
+from prefill.planner import resume_candidates
+from prefill.restore import Restorer, Rule
+from prefill.resume import NOTHING
 from prefill.sequence import ModelThread, PromptSequence
+from tests.prefill.oracle import best_resume
 
 NAMESPACE = b"n" * 32
 
@@ -67,7 +69,9 @@ async def restored(length: int, absent: set[int], leaky: set[int]) -> None:
     thread = ModelThread("test")
     sequence = PromptSequence(engine, thread, capacity=length)
     await sequence.open()
-    position = await Restorer(store, chain, "reader", 60).restore(sequence)
+    rule = Rule(info.layout, info.replay_tokens)
+    restored = await Restorer(store, chain, "reader", 60, rule).restore(sequence)
+    position = restored.position
     usable = {item.id for item in kept} - store.lost
     candidates = resume_candidates(length)
     best = best_resume(
@@ -75,6 +79,10 @@ async def restored(length: int, absent: set[int], leaky: set[int]) -> None:
         states_present=[chain.state_id(c) in usable for c in candidates],
         blocks_present=[id_ in usable for id_ in chain.blocks],
     )
+    prefix = next((i for i, id_ in enumerate(chain.blocks) if id_ not in usable), len(chain.blocks))
+    if prefix * 256 - info.replay_tokens > best:
+        best = prefix * 256
+        assert restored.replayed in (info.replay_tokens, 0)
     # More than 8 objects lost in one restore may end at 0; fewer must reach the best.
     assert position == best or (position == 0 and len(store.lost) >= 8)
     assert sequence._live.position == position
@@ -106,7 +114,8 @@ async def test_a_million_tokens_are_looked_up_quickly() -> None:
     store = MemoryBlockStore(fingerprint=info.fingerprint, layout=info.layout)
     loop = asyncio.get_running_loop()
     begun = loop.time()
-    assert await Restorer(store, chain, "reader", 60)._look_up() == 0
+    rule = Rule(info.layout, info.replay_tokens)
+    assert (await Restorer(store, chain, "reader", 60, rule)._look_up()).way is NOTHING
     took_s = loop.time() - begun
     print(f"look-up of 1,000,000 tokens: {took_s * 1e3:.0f} ms")
     assert took_s < 1.0

@@ -62,7 +62,7 @@ def test_rounding_follows_the_report() -> None:
     rounded = round_fp8(x, 32)
     assert (rounded[:, -32:] == x[:, -32:].bfloat16().float()).all()
     assert ((rounded - x).abs() <= x.abs() / 16 + 0.02).all()
-    rotated = round_fp4(x[:, :64], 32)
+    rotated = round_fp4(x[:, :64])
     assert rotated.unflatten(-1, (2, 32)).abs().unique().numel() < 200
 
 

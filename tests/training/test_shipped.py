@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 from training import documents, evaluate, export, vocabulary  # noqa: E402
 from training.config import TrainingConfig  # noqa: E402
+from training.rounding import PLAIN, SERVED, Cache  # noqa: E402
 
 FOLDER = pathlib.Path(__file__).parents[2] / "penstock" / "shipped" / "ledger"
 
@@ -37,8 +38,8 @@ def test_the_record_names_config_command_and_seed() -> None:
     assert (FOLDER / "model.safetensors").stat().st_size <= 8_000_000
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_it_answers_about_fresh_documents(quantized: bool) -> None:
+@pytest.mark.parametrize("cache", [PLAIN, SERVED])
+def test_it_answers_about_fresh_documents(cache: Cache) -> None:
     """Three documents of about 4k tokens, 36 questions with held-out names, at most one error."""
     torch.set_num_threads(1)
     network, tok, tally = export.load(FOLDER), vocabulary.tokenizer(), evaluate.Tally()
@@ -51,7 +52,7 @@ def test_it_answers_about_fresh_documents(quantized: bool) -> None:
             accept=documents.held_out,
         )
         questions = documents.make_questions(document, seed, 8, 4, accept=documents.held_out)
-        evaluate.ask(network, tok, document, questions, tally, quantized=quantized)
+        evaluate.ask(network, tok, document, questions, tally, cache=cache)
     wrong = tally.answerable - tally.exact + tally.hallucinated
     print(f"36 questions, {wrong} wrong: {tally.errors}")
     assert wrong <= 1

@@ -126,6 +126,8 @@ class Door:
         file_id = self._created("/v1/files", data={"purpose": "batch"}, files={"file": lines})
         asked = {"input_file_id": file_id, "endpoint": "/v1/completions"}
         batch_id = self._created("/v1/batches", json={**asked, "completion_window": "24h"})
+        asked = {"model": "fake", "prompt": "a", "max_tokens": 1}
+        route_id = self._created("/v1/completions", json=asked)
         parts = document["components"]["schemas"]
         for name in ("ChatBody", "CompletionBody"):
             parts[name]["properties"]["model"] = {"enum": ["fake"]}
@@ -140,6 +142,7 @@ class Door:
             "file_id": [file_id, "file-output-x"],
             "batch_id": [batch_id],
             "model_id": ["fake"],
+            "request_id": [route_id],
         }
         for methods in document["paths"].values():
             for operation in methods.values():

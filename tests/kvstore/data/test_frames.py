@@ -135,7 +135,7 @@ def test_a_stranger_is_not_listened_to_for_longer_than_the_magic() -> None:
     assert caught.value.reason == "magic"
 
 
-@given(what=st.sampled_from(What), ticket=st.binary(min_size=32, max_size=32))
+@given(what=st.sampled_from([What.GET, What.PUT]), ticket=st.binary(min_size=32, max_size=32))
 @settings(max_examples=20, deadline=None)
 def test_requests_and_answers_come_as_they_went(what: What, ticket: bytes) -> None:
     with links() as (near, far):

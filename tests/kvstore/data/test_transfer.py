@@ -19,7 +19,7 @@ from kvstore.contracts import Missing, StoreObject
 from kvstore.data import port as data_port
 from kvstore.data.frames import MAGIC, What
 from kvstore.get_answers import GetAnswers
-from kvstore.put_call import offers
+from kvstore.put_offers import offers
 from kvstore.server import StoreServer, start_server
 from kvstore.transfer import OpenGet
 from penstock.blocks import CacheLayout, Component, ComponentKind

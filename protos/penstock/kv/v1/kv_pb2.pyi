@@ -104,16 +104,20 @@ class HasRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     IDS_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
+    explain: _builtins.bool
+    """Also answer `evicted`."""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
         self,
         *,
         ids: _abc.Iterable[_builtins.bytes] | None = ...,
+        explain: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explain", b"explain", "ids", b"ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -125,18 +129,24 @@ class HasResponse(_message.Message):
 
     PRESENT_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    EVICTED_FIELD_NUMBER: _builtins.int
     present: _builtins.bytes
     """One byte (0 or 1) an id, in order."""
     epoch: _builtins.int
+    evicted: _builtins.bytes
+    """One byte (0 or 1) an id, if asked for: it was here since the node started and had to make room. A node remembers a
+    bounded number of them.
+    """
     def __init__(
         self,
         *,
         present: _builtins.bytes = ...,
         epoch: _builtins.int = ...,
+        evicted: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "present", b"present"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "evicted", b"evicted", "present", b"present"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -373,9 +383,12 @@ class OfferRequest(_message.Message):
     ROLLING_FIELD_NUMBER: _builtins.int
     OBJECTS_FIELD_NUMBER: _builtins.int
     WITHDRAW_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
     owner: _builtins.str
     lease_ttl_ms: _builtins.int
     rolling: _builtins.bool
+    host: _builtins.bytes
+    """As in GetRequest: a writer on the node's host may be told where to write the bytes itself."""
     @_builtins.property
     def objects(self) -> _containers.RepeatedCompositeFieldContainer[Global___PutBegin]:
         """Their id, kind and size_bytes; the rest is empty."""
@@ -392,10 +405,11 @@ class OfferRequest(_message.Message):
         rolling: _builtins.bool = ...,
         objects: _abc.Iterable[Global___PutBegin] | None = ...,
         withdraw: _abc.Iterable[_builtins.bytes] | None = ...,
+        host: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ttl_ms", b"lease_ttl_ms", "objects", b"objects", "owner", b"owner", "rolling", b"rolling", "withdraw", b"withdraw"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "lease_ttl_ms", b"lease_ttl_ms", "objects", b"objects", "owner", b"owner", "rolling", b"rolling", "withdraw", b"withdraw"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -408,6 +422,7 @@ class OfferResponse(_message.Message):
     ANSWERS_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
     PORT_FIELD_NUMBER: _builtins.int
+    PLACES_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """For all that are reserved, in order; good once, for a few seconds. Empty: nothing is reserved."""
     port: _builtins.int
@@ -416,20 +431,83 @@ class OfferResponse(_message.Message):
     def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PutResponse]:
         """`reserved`, `exists` or `refused`, one an object in order; nothing after the first that is refused."""
 
+    @_builtins.property
+    def places(self) -> Global___OfferedPlaces:
+        """The ticket is for Settle: the client writes the bytes itself."""
+
     def __init__(
         self,
         *,
         answers: _abc.Iterable[Global___PutResponse] | None = ...,
         ticket: _builtins.bytes = ...,
         port: _builtins.int = ...,
+        places: Global___OfferedPlaces | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["places", b"places"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "port", b"port", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "places", b"places", "port", b"port", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OfferResponse: _TypeAlias = OfferResponse  # noqa: Y015
+
+@_typing.final
+class OfferedPlaces(_message.Message):
+    """Where the reserved objects belong in the node's shared memory (kvstore/arena.py), which is opened as for GetShared."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PID_FIELD_NUMBER: _builtins.int
+    FD_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    OFFSETS_FIELD_NUMBER: _builtins.int
+    pid: _builtins.int
+    fd: _builtins.int
+    secret: _builtins.bytes
+    @_builtins.property
+    def offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """One a reserved object, in order."""
+
+    def __init__(
+        self,
+        *,
+        pid: _builtins.int = ...,
+        fd: _builtins.int = ...,
+        secret: _builtins.bytes = ...,
+        offsets: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fd", b"fd", "offsets", b"offsets", "pid", b"pid", "secret", b"secret"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfferedPlaces: _TypeAlias = OfferedPlaces  # noqa: Y015
+
+@_typing.final
+class SettleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    ticket: _builtins.bytes
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """BLAKE3 of each object, in order."""
+
+    def __init__(
+        self,
+        *,
+        ticket: _builtins.bytes = ...,
+        digests: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SettleRequest: _TypeAlias = SettleRequest  # noqa: Y015
 
 @_typing.final
 class OfferResult(_message.Message):

@@ -49,6 +49,11 @@ class KvStoreStub:
                 request_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.OfferRequest.SerializeToString,
                 response_deserializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.OfferResponse.FromString,
                 _registered_method=True)
+        self.Settle = channel.unary_unary(
+                '/penstock.kv.v1.KvStore/Settle',
+                request_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.SettleRequest.SerializeToString,
+                response_deserializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.OfferResult.FromString,
+                _registered_method=True)
         self.Get = channel.unary_stream(
                 '/penstock.kv.v1.KvStore/Get',
                 request_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.GetRequest.SerializeToString,
@@ -93,6 +98,13 @@ class KvStoreServicer:
 
     def Offer(self, request, context):
         """Reserves objects whose bytes the client then sends to the node's data port (docs/store.md).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Settle(self, request, context):
+        """Commits objects that the client has written into the node's memory, at the places that an Offer named.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,6 +155,11 @@ def add_KvStoreServicer_to_server(servicer, server):
                     servicer.Offer,
                     request_deserializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.OfferRequest.FromString,
                     response_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.OfferResponse.SerializeToString,
+            ),
+            'Settle': grpc.unary_unary_rpc_method_handler(
+                    servicer.Settle,
+                    request_deserializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.SettleRequest.FromString,
+                    response_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.OfferResult.SerializeToString,
             ),
             'Get': grpc.unary_stream_rpc_method_handler(
                     servicer.Get,
@@ -246,6 +263,33 @@ class KvStore:
             '/penstock.kv.v1.KvStore/Offer',
             protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.OfferRequest.SerializeToString,
             protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.OfferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Settle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.kv.v1.KvStore/Settle',
+            protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.SettleRequest.SerializeToString,
+            protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.OfferResult.FromString,
             options,
             channel_credentials,
             insecure,

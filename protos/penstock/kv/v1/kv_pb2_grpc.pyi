@@ -43,6 +43,8 @@ class KvStoreStub:
     """
     Offer: _grpc.UnaryUnaryMultiCallable[_kv_pb2.OfferRequest, _kv_pb2.OfferResponse]
     """Reserves objects whose bytes the client then sends to the node's data port (docs/store.md)."""
+    Settle: _grpc.UnaryUnaryMultiCallable[_kv_pb2.SettleRequest, _kv_pb2.OfferResult]
+    """Commits objects that the client has written into the node's memory, at the places that an Offer named."""
     Get: _grpc.UnaryStreamMultiCallable[_kv_pb2.GetRequest, _kv_pb2.GetResponse]
     """Streams the objects in the order asked for: Start, Data..., or Missing. With wait_ms > 0 the server waits up to that long
     for each object to be committed.
@@ -66,6 +68,8 @@ class KvStoreAsyncStub(KvStoreStub):
     """
     Offer: _aio.UnaryUnaryMultiCallable[_kv_pb2.OfferRequest, _kv_pb2.OfferResponse]  # type: ignore[assignment]
     """Reserves objects whose bytes the client then sends to the node's data port (docs/store.md)."""
+    Settle: _aio.UnaryUnaryMultiCallable[_kv_pb2.SettleRequest, _kv_pb2.OfferResult]  # type: ignore[assignment]
+    """Commits objects that the client has written into the node's memory, at the places that an Offer named."""
     Get: _aio.UnaryStreamMultiCallable[_kv_pb2.GetRequest, _kv_pb2.GetResponse]  # type: ignore[assignment]
     """Streams the objects in the order asked for: Start, Data..., or Missing. With wait_ms > 0 the server waits up to that long
     for each object to be committed.
@@ -104,6 +108,14 @@ class KvStoreServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kv_pb2.OfferResponse, _abc.Awaitable[_kv_pb2.OfferResponse]]:
         """Reserves objects whose bytes the client then sends to the node's data port (docs/store.md)."""
+
+    @_abc_1.abstractmethod
+    def Settle(
+        self,
+        request: _kv_pb2.SettleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.OfferResult, _abc.Awaitable[_kv_pb2.OfferResult]]:
+        """Commits objects that the client has written into the node's memory, at the places that an Offer named."""
 
     @_abc_1.abstractmethod
     def Get(
