@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pathlib
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from penstock.errors import UsageError
 
 
 class Frozen(BaseModel):
@@ -92,8 +96,8 @@ class Stage(Frozen):
     """A part of the schedule; learning rates run linearly from their start to their end."""
 
     name: str
-    shapes: tuple[Shape, ...] = Field(description="used in turn, one per step")
-    steps: int
+    shapes: tuple[Shape, ...] = Field(min_length=1, description="used in turn, one per step")
+    steps: int = Field(ge=1)
     lr_muon: tuple[float, float]
     lr_adamw: tuple[float, float]
     hold: float = Field(0.0, description="share of the stage before the rate starts to fall")
@@ -119,12 +123,38 @@ class TrainingConfig(Frozen):
     threads: int = 1
     sinkhorn_iters: int = Field(8, description="while training; serving and evaluation use 20")
     unanswerable: float = 0.35
-    checkpoint_every_s: float = 240.0
+    checkpoint_every_s: float = Field(240.0, gt=0)
+    checkpoint_every_steps: int = Field(0, ge=0, description="besides; 0: by the clock alone")
     log_every: int = 25
     network: NetworkConfig = NetworkConfig()
-    stages: tuple[Stage, ...]
+    stages: tuple[Stage, ...] = Field(min_length=1)
 
     @classmethod
     def read(cls, path: pathlib.Path) -> TrainingConfig:
-        """Parse a YAML file."""
-        return cls.model_validate(yaml.safe_load(path.read_text("ascii")))
+        """Parse a YAML file. Raises `UsageError` that names the key."""
+        try:
+            content = yaml.safe_load(path.read_text("utf-8"))
+        except OSError as error:
+            raise UsageError(
+                f"cannot read the configuration {path}: {error.strerror}; check the path"
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"{path} is not YAML: {' '.join(str(error).split())}; training/configs has examples"
+            ) from error
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "the file"
+            unknown = first["type"] == "extra_forbidden"
+            says = "no such setting" if unknown else first["msg"]
+            raise UsageError(
+                f"{path}: {key}: {says}; training/config.py lists every setting"
+            ) from error
+
+    def digest(self) -> str:
+        """Of all that decides the result; a checkpoint is only taken up by the same."""
+        aside = {"checkpoint_every_s", "checkpoint_every_steps"}
+        text = json.dumps(self.model_dump(mode="json", exclude=aside), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()

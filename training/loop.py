@@ -1,21 +1,28 @@
-"""The training loop: stages, distractor bank, optimizers, router bias, checkpoints."""
+"""The training loop: stages, distractor bank, optimizers, router bias, checkpoints.
+
+A run is a function of its configuration: after `--resume` from any checkpoint every later loss is
+the same to the last bit as without the interruption (same machine, same number of threads).
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from training import batches, losses
+from training import batches, checkpoint, losses
 from training.config import Stage, TrainingConfig
+from training.curves import Sink
+from training.errors import TrainingError
+from training.meter import Meter
 from training.muon import Muon
 from training.network import Distractors, Evidence, MoE, Network
 from training.rounding import PLAIN, SERVED
@@ -87,27 +94,116 @@ def balance_routers(network: Network, speed: float) -> None:
             moe.gate.get_buffer("bias").add_(speed * torch.sign(load.mean() - load))
 
 
-@dataclass
-class Meter:
-    """Sums of outcomes between two log lines."""
+class Run:
+    """One training run and all of its state."""
 
-    outcomes: list[losses.Outcome]
+    def __init__(
+        self, cfg: TrainingConfig, network: Network, tok: Tokenizer, out: pathlib.Path, *,
+        start_stage: int = 0,
+    ) -> None:  # fmt: skip
+        self.cfg, self.network, self.tok, self.out = cfg, network, tok, out
+        self.rng = random.Random(f"training {cfg.seed} {start_stage}")
+        matrices, rest = split_parameters(network)
+        self.rest = rest
+        self.muon = Muon(matrices)
+        self.adamw = torch.optim.AdamW(
+            rest, lr=1e-3, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0
+        )
+        self.bank, self.meter = Bank(network), Meter()
+        self.stage, self.step = start_stage, 0
+        self.total, self.tokens_seen, self.seconds = 0, 0, 0.0
+        self.curve: list[dict[str, Any]] = []
 
-    def line(self) -> dict[str, float]:
-        """Means and shares, ready for JSON."""
-        n = len(self.outcomes)
-        asked = sum(o.answerable for o in self.outcomes)
-        absent = sum(o.unanswerable for o in self.outcomes)
-        out = {
-            "loss": sum(float(o.loss.detach()) for o in self.outcomes) / n,
-            "em": sum(o.right for o in self.outcomes) / max(1, asked),
-            "unknown": sum(o.refused_right for o in self.outcomes) / max(1, absent),
-            "gold_mass": sum(o.gold_mass for o in self.outcomes) / n,
-            "unknown_mass": sum(o.unknown_mass for o in self.outcomes) / n,
-            "recall16": sum(o.recall for o in self.outcomes) / n,
-        }
-        self.outcomes.clear()
-        return {key: round(value, 4) for key, value in out.items()}
+    def update(self, stage: Stage) -> losses.Outcome:
+        """One step. Raises `TrainingError`, before anything changes, if it is not finite."""
+        rng, shape = self.rng, stage.shapes[self.step % len(stage.shapes)]
+        task = batches.draw(
+            rng, self.tok, shape, full=stage.full_question, unanswerable=self.cfg.unanswerable,
+            gapless=rng.random() < stage.gapless,
+            repeats=stage.repeats,
+            near=stage.near,
+        )  # fmt: skip
+        logits, evidence = self.network(
+            task.batch, distractors=self.bank.offer(), share_entries=True,
+            dense=self.step < stage.dense_steps, sinkhorn_iters=self.cfg.sinkhorn_iters,
+            cache=SERVED if rng.random() < stage.quantized else PLAIN,
+        )  # fmt: skip
+        outcome = losses.compute(logits, evidence, task, stage)
+        loss = float(outcome.loss.detach())
+        if not math.isfinite(loss):
+            raise self._stopped(stage, f"the loss is {loss}")
+        outcome.loss.backward()  # type: ignore[no-untyped-call]
+        norm = float(nn.utils.get_total_norm(
+            [p.grad for p in self.network.parameters() if p.grad is not None]
+        ))  # fmt: skip
+        if not math.isfinite(norm):
+            raise self._stopped(stage, f"the gradient's norm is {norm}")
+        nn.utils.clip_grad_norm_(self.rest, 1.0)
+        lr = rate_at(stage.lr_muon, stage, self.step)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate_at(stage.lr_adamw, stage, self.step)
+        self.muon.step(lr)
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        balance_routers(self.network, 0.003 * lr / stage.lr_muon[0])
+        self.bank.add(task, evidence, stage.bank_entries)
+        self.meter.add(outcome)
+        self.tokens_seen += shape.tokens * shape.rows
+        self.step += 1
+        self.total += 1
+        return outcome
+
+    def _stopped(self, stage: Stage, why: str) -> TrainingError:
+        left = checkpoint.known(self.out)
+        kept = f"the last good checkpoint is {left[-1].name}" if left else "no checkpoint was due"
+        return TrainingError(
+            f"{why} in stage {stage.name}, step {self.step + 1} ({self.total + 1} of the run); "
+            f"training stopped and {kept}; lower the learning rate or look at that batch"
+        )
+
+    def save(self) -> pathlib.Path:
+        """A checkpoint of now."""
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        tensors |= {f"muon.{n}": value for n, value in self.muon.state_dict().items()}
+        for number, state in self.adamw.state_dict()["state"].items():
+            tensors |= {f"adamw.{number}.{key}": value for key, value in state.items()}
+        tensors |= {f"bank.{name}": value for name, value in vars(self.bank).items()}
+        tensors["torch_rng"] = torch.get_rng_state()
+        version, internal, gauss = self.rng.getstate()
+        facts = {
+            "stage": self.stage, "step": self.step, "total": self.total,
+            "tokens_seen": self.tokens_seen, "seconds": self.seconds, "curve": self.curve,
+            "meter": self.meter.state(), "rng": [version, list(internal), gauss],
+        }  # fmt: skip
+        return checkpoint.save(
+            self.out, checkpoint.Checkpoint(self.total, self.cfg.digest(), tensors, facts)
+        )
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Go on exactly where `saved` was taken."""
+        parts: dict[str, dict[str, Tensor]] = {"network": {}, "muon": {}, "adamw": {}, "bank": {}}
+        for name, value in saved.tensors.items():
+            part, _, rest = name.partition(".")
+            if rest:
+                parts[part][rest] = value
+        self.network.load_state_dict(parts["network"])
+        self.muon.load_state_dict(parts["muon"])
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts["adamw"].items():
+            number, _, key = name.partition(".")
+            states.setdefault(int(number), {})[key] = value
+        groups = self.adamw.state_dict()["param_groups"]
+        self.adamw.load_state_dict({"state": states, "param_groups": groups})
+        for name, value in parts["bank"].items():
+            setattr(self.bank, name, value)
+        torch.set_rng_state(saved.tensors["torch_rng"])
+        facts: Mapping[str, Any] = saved.facts
+        version, internal, gauss = facts["rng"]
+        self.rng.setstate((version, tuple(internal), gauss))
+        self.stage, self.step, self.total = facts["stage"], facts["step"], facts["total"]
+        self.tokens_seen, self.seconds = facts["tokens_seen"], facts["seconds"]
+        self.curve = list(facts["curve"])
+        self.meter = Meter.of(facts["meter"])
 
 
 def train(
@@ -117,59 +213,42 @@ def train(
     out: pathlib.Path,
     *,
     start_stage: int = 0,
+    resume: pathlib.Path | None = None,
+    sink: Sink | None = None,
     on_stage_end: Callable[[Stage], None] = lambda stage: None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Run all stages; returns the curve and writes it (and checkpoints) under `out`."""
-    rng = random.Random(f"training {cfg.seed} {start_stage}")
-    matrices, rest = split_parameters(network)
-    muon = Muon(matrices)
-    adamw = torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
-    bank, meter = Bank(network), Meter([])
-    curve: list[dict[str, Any]] = []
-    began = saved = time.monotonic()
-    tokens_seen = 0
-    for stage in cfg.stages[start_stage:]:
-        for step in range(stage.steps):
-            shape = stage.shapes[step % len(stage.shapes)]
-            task = batches.draw(
-                rng, tok, shape, full=stage.full_question, unanswerable=cfg.unanswerable,
-                gapless=rng.random() < stage.gapless,
-                repeats=stage.repeats,
-                near=stage.near,
-            )  # fmt: skip
-            logits, evidence = network(
-                task.batch, distractors=bank.offer(), share_entries=True,
-                dense=step < stage.dense_steps, sinkhorn_iters=cfg.sinkhorn_iters,
-                cache=SERVED if rng.random() < stage.quantized else PLAIN,
-            )  # fmt: skip
-            outcome = losses.compute(logits, evidence, task, stage)
-            if not torch.isfinite(outcome.loss):
-                raise FloatingPointError(
-                    f"the loss of stage {stage.name} step {step} is not finite"
-                )
-            outcome.loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(rest, 1.0)
-            lr = rate_at(stage.lr_muon, stage, step)
-            for group in adamw.param_groups:
-                group["lr"] = rate_at(stage.lr_adamw, stage, step)
-            muon.step(lr)
-            adamw.step()
-            adamw.zero_grad(set_to_none=True)
-            balance_routers(network, 0.003 * lr / stage.lr_muon[0])
-            bank.add(task, evidence, stage.bank_entries)
-            meter.outcomes.append(outcome)
-            tokens_seen += shape.tokens * shape.rows
+    """Run all stages; returns the curve and writes it (and checkpoints) under `out`.
+
+    `resume`: a checkpoint of this configuration. `on_step` is told the number of the step in the
+    run and its loss. Raises `TrainingError`; the newest checkpoint is then still there.
+    """
+    run = Run(cfg, network, tok, out, start_stage=start_stage)
+    if resume is not None:
+        run.restore(checkpoint.load(resume, cfg.digest()))
+    sink = sink or Sink(out)
+    last = saved = time.monotonic()
+    while run.stage < len(cfg.stages):
+        stage = cfg.stages[run.stage]
+        while run.step < stage.steps:
+            outcome = run.update(stage)
             now = time.monotonic()
-            if (step + 1) % cfg.log_every == 0 or step + 1 == stage.steps:
-                line = {"stage": stage.name, "step": step + 1, "seconds": round(now - began, 1),
-                        "tokens": tokens_seen, **meter.line()}  # fmt: skip
-                curve.append(line)
+            run.seconds, last = run.seconds + now - last, now
+            on_step(run.total, float(outcome.loss.detach()))
+            sink.step(cfg, run.total, run.tokens_seen, stage.name)
+            if run.step % cfg.log_every == 0 or run.step == stage.steps:
+                line = {"stage": stage.name, "step": run.step, "seconds": round(run.seconds, 1),
+                        "tokens": run.tokens_seen, **run.meter.line()}  # fmt: skip
+                run.curve.append(line)
                 say(json.dumps(line))
-            if now - saved > cfg.checkpoint_every_s:
-                torch.save(network.state_dict(), out / "checkpoint.pt")
-                saved = now
-        torch.save(network.state_dict(), out / f"stage-{stage.name}.pt")
-        (out / "curve.json").write_text(json.dumps(curve, indent=0) + "\n", "ascii")
+            due = cfg.checkpoint_every_steps and run.total % cfg.checkpoint_every_steps == 0
+            if due or now - saved > cfg.checkpoint_every_s:
+                run.save()
+                saved = time.monotonic()
+        sink.curve(run.curve)
         on_stage_end(stage)
-    return curve
+        run.stage, run.step = run.stage + 1, 0
+        run.save()
+    sink.close()
+    return run.curve

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -35,9 +35,23 @@ class Muon:
         self.momentum = 0.95
         self.groups: dict[tuple[int, int], list[tuple[Tensor, tuple[int, int, int], float]]]
         self.groups = defaultdict(list)
+        self._parameters: list[Tensor] = []
         for parameter, shape, rate in matrices:
+            self._parameters.append(parameter)
             self.groups[min(shape[1:]), max(shape[1:])].append((parameter, shape, rate))
         self.state: dict[int, Tensor] = {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Momentum by the parameter's place in `matrices`."""
+        return {
+            str(number): self.state[id(p)]
+            for number, p in enumerate(self._parameters)
+            if id(p) in self.state
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        """What `state_dict` of the same matrices gave."""
+        self.state = {id(self._parameters[int(n)]): v.clone() for n, v in saved.items()}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:

@@ -31,6 +31,7 @@ from cluster.cli import (
     run_batch,
     serve,
     simulate,
+    train,
 )
 from penstock.errors import PenstockError, UsageError
 
@@ -54,6 +55,7 @@ def build() -> typer.Typer:
     bench.register(app)
     config.register(app)
     evaluate.register(app)
+    train.register(app)
     keys.register(app)
     certs.register(app)
     kv.register(app)
