@@ -33,7 +33,7 @@ from penstock.worker import WorkerSpec
 from prefill.worker import PrefillWorker
 
 _CALLS = frozenset(
-    {"open", "release", "load_block", "load_state", "forward", "seek", "draft", "logits"}
+    {"open", "grow", "release", "load_block", "load_state", "forward", "seek", "draft", "logits"}
     | {"export_block", "export_state", "evidence"}
 )
 

@@ -136,6 +136,18 @@ class SequenceCache:
     def capacity(self) -> int:
         return self._capacity
 
+    def grow(self, capacity: int) -> None:
+        """Room for more entries behind those that are there, one layer after the other."""
+        for layer in self.layers:
+            csa = layer.ratio == CSA_RATIO
+            layer.entries_EC = _longer(
+                layer.entries_EC, entry_rows(layer.ratio, capacity, ENTRY_TILE)
+            )
+            layer.index_EC = _longer(
+                layer.index_EC, entry_rows(layer.ratio * csa, capacity, INDEX_TILE)
+            )
+        self._capacity = capacity
+
     def release(self) -> None:
         self.released = True
         self.layers = []
@@ -297,6 +309,14 @@ def _new_layer(config: ModelConfig, ratio: int, capacity: int) -> LayerCache:
         carry=_empty_carry(ratio, config.head_dim),
         index_carry=_empty_carry(ratio * csa, config.index_dim),
     )
+
+
+def _longer(rows: Tensor, count: int) -> Tensor:
+    if rows.shape[0] >= count:
+        return rows
+    out = rows.new_zeros((count, *rows.shape[1:]))
+    out[: rows.shape[0]] = rows
+    return out
 
 
 def cache_bytes(config: ModelConfig, capacity: int, drafts: DraftPlan | None = None) -> int:

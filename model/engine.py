@@ -64,7 +64,7 @@ class Sequence(Protocol):
 
     @property
     def capacity(self) -> int:
-        """Most tokens this sequence may ever absorb (fixed at `open`)."""
+        """Most tokens this sequence may absorb; `Engine.grow` raises it."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,11 @@ class Engine(Protocol):
         """A new empty sequence at position 0. Memory for `capacity` tokens is taken now."""
 
     def release(self, sequence: Sequence) -> None: ...
+
+    def grow(self, sequence: Sequence, capacity: int) -> None:
+        """Room for `capacity` tokens, at least what it has. What it holds stays as it is, to the
+        bit. Raises as `open`; the sequence is then as before.
+        """
 
     def load_block(self, sequence: Sequence, index: int, payload: Buffer) -> None:
         """Attach block `index` (in order: 0, 1, ...). Takes a copy; the caller keeps the buffer."""

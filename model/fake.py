@@ -157,6 +157,14 @@ class FakeEngine:
         self._open.add(id(sequence))
         return sequence
 
+    def grow(self, sequence: Sequence, capacity: int) -> None:
+        mine = _live(sequence)
+        if not mine.capacity <= capacity <= self._info.max_model_len:
+            raise ValueError(
+                f"capacity {capacity} is outside {mine.capacity}..{self._info.max_model_len}"
+            )
+        mine.capacity = capacity
+
     def release(self, sequence: Sequence) -> None:
         mine = _mine(sequence)
         mine.released = True

@@ -152,6 +152,15 @@ class TorchEngine:
         self._open[id(sequence)] = sequence
         return sequence
 
+    @torch.inference_mode()
+    def grow(self, sequence: Sequence, capacity: int) -> None:
+        mine = self._live(sequence)
+        if not mine.capacity <= capacity <= self._info.max_model_len:
+            raise ValueError(
+                f"capacity {capacity} is outside {mine.capacity}..{self._info.max_model_len}"
+            )
+        mine.grow(capacity)
+
     def release(self, sequence: Sequence) -> None:
         mine = self._mine(sequence)
         mine.release()

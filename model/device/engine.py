@@ -148,6 +148,21 @@ class DeviceEngine:
         self._open[id(sequence)] = sequence
         return sequence
 
+    def grow(self, sequence: Sequence, capacity: int) -> None:
+        mine = self._live(sequence)
+        if not mine.capacity <= capacity <= self._info.max_model_len:
+            raise ValueError(
+                f"capacity {capacity} is outside {mine.capacity}..{self._info.max_model_len}"
+            )
+        try:
+            more = self._pools.take_pages(self._pools.geometry.pages_for(capacity) - len(mine.pages))
+        except torch.OutOfMemoryError:
+            raise OverloadedError(
+                f"the device has no memory to grow a sequence to {capacity} tokens; lower the "
+                "cache memory of this worker"
+            ) from None
+        mine.grow(capacity, more)
+
     def release(self, sequence: Sequence) -> None:
         mine = self._mine(sequence)
         if mine.released:

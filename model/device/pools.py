@@ -125,8 +125,13 @@ class Pools:
             self._grow_pages(count - len(self._free_pages))
         if not self._free_places:
             self._grow_places()
-        pages = [self._free_pages.pop() for _ in range(count)]
-        return self._free_places.pop(), pages
+        return self._free_places.pop(), self.take_pages(count)
+
+    def take_pages(self, count: int) -> list[int]:
+        """So many pages more. Raises what torch raises without memory; nothing is taken then."""
+        if len(self._free_pages) < count:
+            self._grow_pages(count - len(self._free_pages))
+        return [self._free_pages.pop() for _ in range(count)]
 
     def give_back(self, place: int, pages: list[int]) -> None:
         self._free_places.append(place)

@@ -60,6 +60,11 @@ class DeviceSequence:
     def capacity(self) -> int:
         return self._capacity
 
+    def grow(self, capacity: int, pages: list[int]) -> None:
+        """Room for `capacity` tokens, with these pages behind its own."""
+        self._capacity = capacity
+        self.pages = [*self.pages, *pages]
+
     def tell(self, picked: Picked | None, row: int) -> None:
         """Evidence of the last token: `row` of `picked`."""
         self._picked, self._pairs = None if picked is None else (picked, row), []

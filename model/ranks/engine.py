@@ -31,7 +31,7 @@ from penstock.errors import WorkerUnavailableError
 
 T = TypeVar("T")
 CALLS = frozenset(
-    {"open", "release", "load_block", "load_state", "replay", "forward", "seek", "draft", "logits"}
+    {"open", "grow", "release", "load_block", "load_state", "replay", "forward", "seek", "draft", "logits"}
 )
 """What a follower may be told to call."""
 
@@ -63,6 +63,9 @@ class RankedEngine:
         self._numbers[id(sequence)] = (self._opened, sequence)
         self._opened += 1
         return sequence
+
+    def grow(self, sequence: Sequence, capacity: int) -> None:
+        self._here_first(self._engine.grow, sequence, capacity)
 
     def release(self, sequence: Sequence) -> None:
         known = id(sequence) in self._numbers

@@ -397,6 +397,29 @@ def a_draft_is_the_same_whichever_way_the_sequence_came(make: Factory) -> None:
         assert drafts(engine, back) == want, position
 
 
+def a_sequence_that_grows_is_one_that_was_large_from_the_start(make: Factory) -> None:
+    engine = make()
+    tokens = tokens_for(engine, LENGTH + 600)
+    large = absorb(engine, tokens, chunk=97)
+    small = engine.open(LENGTH)
+    engine.forward([Segment(small, tokens[:LENGTH])])
+    with pytest.raises(ValueError):
+        engine.grow(small, LENGTH - 1)
+    before = snapshot(engine, small)
+    for capacity in (LENGTH, LENGTH + 1, LENGTH + 600):
+        engine.grow(small, capacity)
+        assert small.capacity == capacity
+    assert snapshot(engine, small) == before
+    for start in range(LENGTH, LENGTH + 600, 150):
+        engine.forward([Segment(small, tokens[start : start + 150])])
+    assert snapshot(engine, small) == snapshot(engine, large)
+    with pytest.raises(ValueError):
+        engine.grow(small, engine.info.max_model_len + 1)
+    engine.release(small)
+    with pytest.raises(ValueError):
+        engine.grow(small, LENGTH + 700)
+
+
 CLAUSES: tuple[Callable[[Factory], None], ...] = (
     info_is_complete,
     logits_are_float32_rows,
@@ -409,6 +432,7 @@ CLAUSES: tuple[Callable[[Factory], None], ...] = (
     a_replay_that_could_not_be_exact_is_refused,
     other_tokens_give_other_results,
     an_empty_segment_or_batch_does_nothing,
+    a_sequence_that_grows_is_one_that_was_large_from_the_start,
     misuse_is_a_value_error,
     a_released_sequence_is_refused,
     evidence_is_ordered_and_in_the_past,
