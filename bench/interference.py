@@ -39,9 +39,9 @@ _SETUPS: tuple[tuple[str, Callable[[ClusterConfig], AbstractContextManager[Endpo
 @dataclass(frozen=True)
 class Plan:
     streams: int = 2
-    step_ms: float = 50.0
+    step_ms: float = 100.0
     prefill_tokens_per_s: float = 20_000.0
-    chunk_tokens: int = 2048
+    chunk_tokens: int = 8192
     long_chars: int = 120_000
     rounds: int = 3
     settle_s: float = 1.0

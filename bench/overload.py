@@ -43,8 +43,8 @@ class Plan:
     seconds: float = 20.0
     places: int = 8
     """Requests that decode works on at once."""
-    step_ms: float = 25.0
-    max_tokens: int = 40
+    step_ms: float = 100.0
+    max_tokens: int = 10
     prompt_chars: int = 600
     promise_s: float = 3.0
     """Time to the first token of a good answer."""

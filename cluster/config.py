@@ -155,6 +155,8 @@ class DecodeSection(Section):
     autoscaling: AutoscalingSection = AutoscalingSection()
     max_running: int = Field(default=16, ge=1)
     max_queued: int = Field(default=256, ge=0)
+    answer_room_tokens: int = Field(default=1024, ge=16)
+    """Of an answer, for which a place has room before the prompt is read; it grows by as much."""
     grant_ttl_s: float = Field(default=120.0, gt=0)
     """A place that no prefill worker has begun to fill after so long goes to the next request."""
     kv_memory_bytes: Size = Field(default=1 << 30, ge=1 << 16)

@@ -28,17 +28,45 @@ _SENTENCES = {
 
 @dataclass(eq=False)
 class Credit:
-    """One request's memory and slot, from the grant on."""
+    """One request's memory and slot, from the grant on (`decode.credits` has its life)."""
 
     key: int
     need: Need
     _admission: Admission
     _on_use: Callable[[], None]
+    must_rest: bool = False
+    on_rest: Callable[[], None] = lambda: None
+    """Called when it is to rest."""
 
     def use(self) -> None:
         """Work for it has begun: the grant does not expire any more. May be called again."""
         self._on_use()
-        self._admission.used(self.key)
+        self._admission.tell(lambda credits, now_s: credits.use(self.key, now_s))
+
+    def ready(self) -> None:
+        """It could rest from now on."""
+        self._on_use()
+        self._admission.tell(lambda credits, now_s: credits.ready(self.key, now_s))
+
+    def got_on(self) -> None:
+        self._admission.tell(lambda credits, now_s: credits.got_on(self.key, now_s))
+
+    def stays(self) -> None:
+        """It cannot rest now."""
+        self.must_rest = False
+        self._admission.tell(lambda credits, now_s: credits.stays(self.key, now_s))
+
+    async def grow(self, need: Need) -> bool:
+        """Until it holds `need`; False if it is to rest instead."""
+        if await self._admission.grown(self.key, need):
+            self.need = need
+            return True
+        return False
+
+    async def rested(self, need: Need) -> None:
+        """Its memory has gone back. Until it is granted again, with `need`."""
+        self.must_rest, self.need = False, need
+        await self._admission.back(self.key, need)
 
 
 @dataclass
@@ -53,6 +81,8 @@ class Admission:
     clock: Callable[[], float] = time.monotonic
     _credits: Credits = field(init=False)
     _granting: dict[int, asyncio.Future[None]] = field(default_factory=dict)
+    _growing: dict[int, asyncio.Future[bool]] = field(default_factory=dict)
+    _given: dict[int, Credit] = field(default_factory=dict)
     _keys: Iterator[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
@@ -98,16 +128,18 @@ class Admission:
         timeout_s: float,
         priority: Priority = Priority.NORMAL,
         tenant: bytes = b"",
+        most_bytes: int = 0,
     ) -> AsyncIterator[Credit]:
-        """Memory and a slot while the block runs.
+        """Memory and a slot while the block runs. It may grow to `most_bytes`.
 
         Raises ContextLengthError at once for a request that no empty worker could hold, and
         OverloadedError: at once if the line is full or predicted to take longer than `timeout_s`,
         else if that was not enough, or if the grant was not used in time.
         """
-        if need.size_bytes > self.capacity_bytes:
+        most_bytes = max(most_bytes, need.size_bytes)
+        if most_bytes > self.capacity_bytes:
             raise ContextLengthError(
-                f"prompt and max_tokens need {need.size_bytes} bytes of cache but a decode worker "
+                f"prompt and max_tokens need {most_bytes} bytes of cache but a decode worker "
                 f"has {self.capacity_bytes}; lower max_tokens or raise decode.kv_memory_bytes",
                 param="max_tokens",
             )
@@ -117,7 +149,9 @@ class Admission:
             await self._wait(Ask(key, need, priority, tenant, patience_s), timeout_s)
             try:
                 async with asyncio.timeout(self.grant_ttl_s) as unused:
-                    yield Credit(key, need, self, lambda: unused.reschedule(None))
+                    credit = Credit(key, need, self, lambda: unused.reschedule(None))
+                    self._given[key] = credit
+                    yield credit
             except TimeoutError as error:
                 if not unused.expired():
                     raise
@@ -130,12 +164,25 @@ class Admission:
                 ) from error
         finally:
             self._granting.pop(key, None)
+            self._growing.pop(key, None)
+            self._given.pop(key, None)
             self._credits.give_back(key, self.clock())
             self._hear()
 
-    def used(self, key: int) -> None:
-        self._credits.use(key, self.clock())
+    def tell(self, news: Callable[[Credits, float], None]) -> None:
+        news(self._credits, self.clock())
         self._hear()
+
+    async def grown(self, key: int, need: Need) -> bool:
+        growing = self._growing[key] = asyncio.get_running_loop().create_future()
+        self.tell(lambda credits, now_s: credits.grow(key, need, now_s))
+        has_grown: bool = await growing
+        return has_grown
+
+    async def back(self, key: int, need: Need) -> None:
+        granted = self._granting[key] = asyncio.get_running_loop().create_future()
+        self.tell(lambda credits, now_s: credits.rested(key, need, now_s))
+        await granted
 
     async def _wait(self, ask: Ask, timeout_s: float) -> None:
         granted = self._granting[ask.key] = asyncio.get_running_loop().create_future()
@@ -160,7 +207,16 @@ class Admission:
             ) from error
 
     def _hear(self) -> None:
-        for key in self._credits.take_news().granted:
+        news = self._credits.take_news()
+        for key in (*news.grown, *news.rest):
+            growing = self._growing.pop(key, None)
+            if growing is not None and not growing.done():
+                growing.set_result(key in news.grown)
+        for key in news.rest:
+            if credit := self._given.get(key):
+                credit.must_rest = True
+                credit.on_rest()
+        for key in news.granted:
             granted = self._granting.get(key)
             # One that was cancelled in this moment gives back what it got when its task runs.
             if granted is not None and not granted.done():

@@ -68,7 +68,7 @@ async def attach_prompt(
     position = len(chain.tokens)
     ids = (*chain.blocks, chain.state_id(position))
     attached, refusals = 0, 0
-    async with _keep_leased(store, ids, owner=owner, ttl_s=lease_ttl_s):
+    async with keep_leased(store, ids, owner=owner, ttl_s=lease_ttl_s):
         while attached < len(ids):
             before = attached
             attached += await _attach_some(
@@ -128,7 +128,7 @@ async def _attach_some(
 
 
 @asynccontextmanager
-async def _keep_leased(
+async def keep_leased(
     store: BlockStore, ids: Sequence[bytes], *, owner: str, ttl_s: float
 ) -> AsyncIterator[None]:
     """Renew what is there of `ids` three times a TTL; after the block no renewal is under way."""

@@ -103,6 +103,14 @@ class Batch:
         self._streams.append(stream)
         self._wake.set()
 
+    def wake(self) -> None:
+        """A stream can step again."""
+        self._wake.set()
+
+    def settled(self) -> asyncio.Future[None]:
+        """Done when the step under way is over and what it drew has been handed out."""
+        return self.submit(_nothing)
+
     def leave(self, stream: Stream) -> None:
         """What the turn under way draws for it is dropped. May be called again."""
         if stream in self._streams:
@@ -112,7 +120,7 @@ class Batch:
         loop = asyncio.get_running_loop()
         try:
             while not self._stopping:
-                if not self._streams and not self._work:
+                if not self._work and not any(stream.can_step for stream in self._streams):
                     self._wake.clear()
                     await self._wake.wait()
                 if self._work:
@@ -122,7 +130,7 @@ class Batch:
                     self._answer(await loop.run_in_executor(self._executor, self._do_work, count))
                     for _ in range(_ROUNDS_TO_JOIN):
                         await asyncio.sleep(0)
-                if streams := tuple(self._streams):
+                if streams := tuple(stream for stream in self._streams if stream.can_step):
                     self._apply(await loop.run_in_executor(self._executor, self._step, streams))
         except Exception:
             # A bug of ours: `check` shows it, and nobody may wait for a batch that has ended.
@@ -213,3 +221,7 @@ class Batch:
         self.generated_tokens += 1
         if stream.is_over:
             self.leave(stream)
+
+
+def _nothing() -> None:
+    return

@@ -17,6 +17,7 @@ from decode.detokenize import DecodeBytes
 from decode.grammar import Constraint
 from decode.output import Output
 from decode.publisher import OutputPublisher
+from decode.room import Room
 from decode.sequence import HeldSequence
 from decode.stream import Drawn, Stream, Wishes
 from decode.takeover import cut, replay, resume_point
@@ -96,6 +97,8 @@ class AnswerRunner:
     decode_bytes: DecodeBytes | None
     counters: Counter[str] = field(default_factory=Counter)
     meter: Meter = NO_METER
+    answer_room_tokens: int = 1024
+    """Of an answer, for which there is room before anything is read; and by how much it grows."""
     open_sequences: int = 0
     _cleanups: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -106,15 +109,18 @@ class AnswerRunner:
         StoreUnavailableError while it waits for the prompt.
         """
         arrived = time.monotonic()
-        need = Need(order.capacity, self.engine.bytes_for(order.capacity))
+        bytes_for = self.engine.bytes_for
+        tokens = min(order.capacity, len(order.chain.tokens) + self.answer_room_tokens)
+        need = Need(tokens, bytes_for(tokens))
         async with (
             self.admission.reserved(
                 need,
                 timeout_s=order.admission_timeout_s,
                 priority=order.priority,
                 tenant=order.tenant,
+                most_bytes=bytes_for(order.capacity),
             ) as credit,
-            self._held(order) as held,
+            self._held(order, tokens) as held,
         ):
             self.meter.add(M.EVIDENCE_REQUESTS, order.wishes.evidence)
             trace.record("reserve", time.monotonic() - arrived, reserved_bytes=need.size_bytes)
@@ -138,9 +144,10 @@ class AnswerRunner:
                 start = await self._attach(order, held.sequence, credit, start)
             stream = await held.join(output, start)
             with trace.span("generate"):
-                while drawn := await stream.take():
-                    await listener.tokens(index, drawn)
-                    index += len(drawn)
+                async with held.kept(credit, stream, start):
+                    while drawn := await stream.take():
+                        await listener.tokens(index, drawn)
+                        index += len(drawn)
                 trace.note(tokens=index, reason=stream.reason or "")
             with trace.span("flush"):
                 await held.flush()
@@ -191,9 +198,9 @@ class AnswerRunner:
         return len(chain.tokens)
 
     @asynccontextmanager
-    async def _held(self, order: Order) -> AsyncIterator[_Held]:
+    async def _held(self, order: Order, tokens: int) -> AsyncIterator[_Held]:
         """An open sequence and what grows on it; all of it is given back at the end."""
-        held = _Held(self, order)
+        held = _Held(self, order, tokens)
         self.open_sequences += 1
         # The request is over with the answer's last token; else another worker may go on from what
         # this one leaves behind.
@@ -234,9 +241,10 @@ class AnswerRunner:
 class _Held:
     """What one running answer holds: its sequence, its place in the batch, its publisher."""
 
-    def __init__(self, runner: AnswerRunner, order: Order) -> None:
+    def __init__(self, runner: AnswerRunner, order: Order, tokens: int) -> None:
         self.order = order
-        self.sequence = HeldSequence(runner.engine, runner.batch, capacity=order.capacity)
+        self.sequence = HeldSequence(runner.engine, runner.batch, capacity=tokens)
+        self._tokens = tokens
         self.text = runner.decode_bytes
         self._runner = runner
         self._stream: Stream | None = None
@@ -271,9 +279,39 @@ class _Held:
             tokens=answer,
             constraint=order.constraint,
             emitted=emitted,
+            limit=self._tokens,
         )
         runner.batch.join(self._stream)
         return self._stream
+
+    @asynccontextmanager
+    async def kept(self, credit: Credit, stream: Stream, start: int) -> AsyncIterator[None]:
+        """While the answer is written its room grows, or it rests (`decode.room`)."""
+        runner, order = self._runner, self.order
+        assert self._publisher is not None, "the answer has not joined the batch"
+        room = Room(
+            runner.store,
+            credit,
+            cut(order.chain, start),
+            order.prompt_tokens,
+            runner.answer_room_tokens,
+            order.capacity,
+            runner.engine.bytes_for,
+            self.sequence,
+            stream,
+            self._publisher,
+            order.attached_as,
+            order.lease_ttl_s,
+            runner.batch.wake,
+            runner.batch.settled,
+            runner.counters,
+        )
+        keeping = asyncio.create_task(room.keep())
+        try:
+            yield
+        finally:
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
 
     async def flush(self) -> None:
         """Publish the answer's last blocks; comes back after a bounded wait, done or not."""

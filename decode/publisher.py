@@ -60,6 +60,7 @@ class OutputPublisher:
         self._ending = False
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._putting = asyncio.Lock()
 
     def start(self) -> None:
         """Begins by releasing the prompt's leases: everything of it has been attached."""
@@ -76,6 +77,14 @@ class OutputPublisher:
         self._news.set()
         if self._task is not None:
             await asyncio.shield(self._task)
+
+    async def save(self, position: int, payload: bytes) -> None:
+        """Everything up to `position`, where the answer stands, and its state there as the rolling
+        one. Raises the store's error.
+        """
+        await self._catch_up()
+        async with self._putting:
+            await self._put_state(_State(position, payload), rolling=True)
 
     async def close(self) -> None:
         """Stop at once. May be called again, also after `finish`."""
@@ -113,20 +122,22 @@ class OutputPublisher:
 
     async def _catch_up(self) -> None:
         """All complete blocks; after each new one the newest state as the rolling one."""
-        state = self._newest
-        if state is None:
-            return
-        blocks = state.position // BLOCK_TOKENS
-        await self._put_blocks(blocks)
-        if blocks > self._rolled_blocks:
-            await self._put_state(state, rolling=True)
-            self._rolled_blocks = blocks
+        async with self._putting:
+            state = self._newest
+            if state is None:
+                return
+            blocks = state.position // BLOCK_TOKENS
+            await self._put_blocks(blocks)
+            if blocks > self._rolled_blocks:
+                await self._put_state(state, rolling=True)
+                self._rolled_blocks = blocks
 
     async def _retain(self) -> None:
-        state = self._newest
-        if state is not None:
-            await self._put_blocks(state.position // BLOCK_TOKENS)
-            await self._put_state(state, rolling=False)
+        async with self._putting:
+            state = self._newest
+            if state is not None:
+                await self._put_blocks(state.position // BLOCK_TOKENS)
+                await self._put_state(state, rolling=False)
 
     async def _put_blocks(self, end: int) -> None:
         """Blocks up to index `end` (exclusive) that have not been put yet."""

@@ -39,6 +39,17 @@ class HeldSequence:
         """Feed tokens that are known; the states at `states_at`, by position."""
         return await self._batch.submit(self._absorb, tokens, states_at)
 
+    async def grow(self, capacity: int) -> None:
+        await self._batch.submit(self._grow, capacity)
+
+    async def reopen(self, capacity: int) -> None:
+        """After `release`: an empty one with another capacity."""
+        self._capacity = capacity
+        await self.open()
+
+    async def export_state(self) -> bytes:
+        return await self._batch.submit(self._export_state)
+
     async def export_block(self, index: int) -> bytes:
         return await self._batch.submit(self._export_block, index)
 
@@ -57,6 +68,13 @@ class HeldSequence:
     def _absorb(self, tokens: Sequence[int], states_at: tuple[int, ...]) -> dict[int, bytes]:
         (result,) = self._engine.forward([Segment(self.live, tokens, states_at)])
         return result.states
+
+    def _grow(self, capacity: int) -> None:
+        self._engine.grow(self.live, capacity)
+        self._capacity = capacity
+
+    def _export_state(self) -> bytes:
+        return self._engine.export_state(self.live)
 
     def _export_block(self, index: int) -> bytes:
         return self._engine.export_block(self.live, index)

@@ -98,7 +98,8 @@ class Stepper:
         for outcome in outcomes:
             stream = outcome.stream
             # The last token of an answer is never absorbed, so there is room for the others.
-            most = min(info.draft_tokens, stream.output.most_left - 1)
+            room = stream.limit - outcome.start - 1
+            most = min(info.draft_tokens, stream.output.most_left - 1, room)
             count = stream.drafts.length(most, info.draft_cost)
             if count and stream.pending is not None:
                 asking.append(outcome)

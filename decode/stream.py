@@ -57,6 +57,11 @@ class Stream:
     """How well this stream's drafts went so far."""
     reason: str | None = None
     tokens: list[int] = field(default_factory=list)
+    limit: int = 1 << 62
+    """Tokens that its sequence has room for."""
+    paused: bool = False
+    """It takes no part in steps."""
+    on_drawn: Callable[[], None] = lambda: None
     constraint: Constraint | None = None
     """What the answer is bound to; belongs to the engine's thread."""
     emitted: InitVar[Sequence[int]] = ()
@@ -70,6 +75,12 @@ class Stream:
         if emitted:
             self.pending = emitted[-1]
             self._counts.update(emitted)
+
+    @property
+    def can_step(self) -> bool:
+        """Whether the next step may take it in."""
+        has_room = self.pending is None or self.sequence.position < self.limit
+        return has_room and not self.paused
 
     @property
     def is_over(self) -> bool:
@@ -97,6 +108,7 @@ class Stream:
         self.reason = piece.reason
         if self.sampling.penalises:
             self._counts[drawn.token] += 1
+        self.on_drawn()
         self._ready.append(replace(drawn, text=piece.text, reason=piece.reason))
         self._news.set()
 

@@ -124,7 +124,14 @@ class DecodeWorker:
         )
         self.batch = Batch(engine, self.meters)
         self.runner = AnswerRunner(
-            engine, self.batch, store, self.admission, decode_bytes, self.counters, self.meters
+            engine,
+            self.batch,
+            store,
+            self.admission,
+            decode_bytes,
+            self.counters,
+            self.meters,
+            spec.answer_room_tokens,
         )
         self._engine = engine
         self._fence = Fence()
@@ -339,6 +346,8 @@ _COUNTERS = (
     "requests_cancelled_total",
     "decode_attached_tokens_total",
     "decode_replayed_tokens_total",
+    "decode_grown_total",
+    "decode_rested_total",
     "decode_publish_failures_total",
 )
 

@@ -94,6 +94,9 @@ class WorkerSpec(BaseModel):
     """Prefill: most tokens of one model step."""
     queue_timeout_s: float = Field(default=3600.0, gt=0)
     """Prefill: longest wait for cache memory; a decode worker is told by each request."""
+    answer_room_tokens: int = Field(default=1024, ge=16)
+    """Decode: of an answer, for which there is room before anything is read; it grows by as much.
+    """
     grant_ttl_s: float = Field(default=120.0, gt=0)
     """Decode: a place that no prefill worker has begun to fill after so long goes to the next."""
     max_running: int = Field(default=16, ge=1)

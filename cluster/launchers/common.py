@@ -120,6 +120,7 @@ def worker_spec(
         ranks=config.parallel.of_role(role),
         telemetry=config.telemetry,
         chunk_tokens=config.prefill.chunk_tokens,
+        answer_room_tokens=config.decode.answer_room_tokens,
         grant_ttl_s=config.decode.grant_ttl_s,
         max_running=pool.max_running,
         max_queued=pool.max_queued,

@@ -155,7 +155,9 @@ class DeviceEngine:
                 f"capacity {capacity} is outside {mine.capacity}..{self._info.max_model_len}"
             )
         try:
-            more = self._pools.take_pages(self._pools.geometry.pages_for(capacity) - len(mine.pages))
+            more = self._pools.take_pages(
+                self._pools.geometry.pages_for(capacity) - len(mine.pages)
+            )
         except torch.OutOfMemoryError:
             raise OverloadedError(
                 f"the device has no memory to grow a sequence to {capacity} tokens; lower the "

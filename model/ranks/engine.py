@@ -31,7 +31,18 @@ from penstock.errors import WorkerUnavailableError
 
 T = TypeVar("T")
 CALLS = frozenset(
-    {"open", "grow", "release", "load_block", "load_state", "replay", "forward", "seek", "draft", "logits"}
+    {
+        "open",
+        "grow",
+        "release",
+        "load_block",
+        "load_state",
+        "replay",
+        "forward",
+        "seek",
+        "draft",
+        "logits",
+    }
 )
 """What a follower may be told to call."""
 
