@@ -19,7 +19,7 @@ A worker that fails is replaced and the story goes on where it stood (`cluster.f
 docs/failover.md): nothing committed is computed again, no token is lost, repeated or another.
 
 Closing the generator walks the arrows backwards: both calls are cancelled, and the workers free
-what they hold.
+what they hold. A slow client stops the workers' streams, it never fills memory.
 """
 
 from __future__ import annotations
@@ -28,21 +28,17 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from contextlib import aclosing
 
 from cluster.contracts import Readiness, ServedModel, WorkerView
-from cluster.failover.footing import Footing, Ground
+from cluster.failover.footing import Ground
 from cluster.failover.relay import Relay
 from cluster.policy import DECODE, PREFILL
 from cluster.router import Router
 from cluster.routing.told import Told
-from cluster.workers import Hold, StoreNode, WorkerCalls
-from penstock.errors import PenstockError, UnavailableError, WorkerUnavailableError
+from cluster.workers import DecodeFinished, Hold, StoreNode, WorkerCalls
+from penstock.errors import UnavailableError, WorkerUnavailableError
 from penstock.request import BEGINNING, Event, Finish, Request, Resume, TokenChunk, Usage
-
-# Events between the workers' streams and the client. A slow client stops the streams, it never
-# fills memory.
-_QUEUE_EVENTS = 256
 
 
 class Flow:
@@ -68,71 +64,27 @@ class Flow:
 
     async def generate(self, request: Request, resume: Resume = BEGINNING) -> AsyncIterator[Event]:
         """The page that tells the story. Raises the first error that no other worker can mend."""
-        events: asyncio.Queue[Event | PenstockError] = asyncio.Queue(_QUEUE_EVENTS)
+        started, prompt_tokens = time.monotonic(), len(request.token_ids)
+        timings: dict[str, float] = {}
+        is_over = False
         async with self.ground.footing(request, resume.attempt) as footing:
             relay = Relay(self.ground, footing, self._calls, request, resume)
-            work = asyncio.create_task(self._run(request, footing, relay, events))
-            is_over = False
             try:
-                while True:
-                    event = await events.get()
-                    if isinstance(event, PenstockError):
-                        raise event
-                    is_over = isinstance(event, Finish)
-                    yield event
-                    if is_over:
-                        return
+                async with aclosing(relay.events()) as events:
+                    async for event in events:
+                        if isinstance(event, TokenChunk):
+                            timings.setdefault("ttft_s", time.monotonic() - started)
+                        if not isinstance(event, DecodeFinished):
+                            yield event
+                            continue
+                        is_over = True
+                        timings.update(relay.timings, total_s=time.monotonic() - started)
+                        cached = relay.cached_tokens or 0
+                        usage = Usage(prompt_tokens, cached, event.completion_tokens)
+                        yield Finish(event.reason, usage, event.text, timings)
             finally:
-                work.cancel()
-                await asyncio.gather(work, return_exceptions=True)
                 if not is_over:
                     self._give_up(request.request_id)
-
-    async def _run(
-        self,
-        request: Request,
-        footing: Footing,
-        relay: Relay,
-        events: asyncio.Queue[Event | PenstockError],
-    ) -> None:
-        """Reserve, then prefill and decode side by side; the first error ends both."""
-        started = time.monotonic()
-        timings: dict[str, float] = {}
-        cached: int | None = None
-
-        async def prefill() -> None:
-            nonlocal cached
-            async for progress in relay.read():
-                # What a second worker restores, the first one has computed.
-                cached = progress.cached_tokens if cached is None else cached
-                await events.put(replace(progress, cached_tokens=cached))
-
-        async def decode() -> None:
-            async for event in relay.write():
-                if isinstance(event, TokenChunk):
-                    timings.setdefault("ttft_s", time.monotonic() - started)
-                    await events.put(event)
-                    continue
-                # The count of cached tokens is prefill's; its stream ends with the hand-over.
-                await relay.prompt_read.wait()
-                timings.update(relay.timings, total_s=time.monotonic() - started)
-                usage = Usage(len(request.token_ids), cached or 0, event.completion_tokens)
-                await events.put(Finish(event.reason, usage, event.text, timings))
-
-        tasks = {asyncio.create_task(prefill()), asyncio.create_task(decode())}
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        except PenstockError as error:
-            await events.put(error)
-        except Exception as error:
-            await events.put(PenstockError(f"the request failed inside the front: {error!r}"))
-            raise
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _give_up(self, request_id: str) -> None:
         """Nobody goes on with it: what its workers still hold in the store may go at once."""

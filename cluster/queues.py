@@ -23,7 +23,7 @@ class Line:
 
 QUEUES = (
     # The front
-    Line("cluster/flow.py:events", "events of one request on their way to the API",
+    Line("cluster/failover/relay.py:queue", "progress of one request on its way to the API",
          "256 (`_QUEUE_EVENTS`)", "the worker's stream waits"),
     Line("cluster/api/choices.py:queue", "events of the answers of one response",
          "256 (`_QUEUE_EVENTS`)", "their generators wait"),

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import grpc
 
@@ -41,6 +42,10 @@ Hold = Callable[[Route, str], AbstractAsyncContextManager[None]]
 async def no_hold(route: Route, request_id: str) -> AsyncIterator[None]:
     """`Hold` of launchers that never take a worker down by themselves."""
     yield
+
+
+class Cancellable(Protocol):
+    def cancel(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -125,10 +130,12 @@ class WorkerCalls:
         request: Request,
         resume: Resume,
         granted: Callable[[bool], None],
+        calling: Callable[[Cancellable], None],
     ) -> AsyncIterator[TokenChunk | DecodeFinished]:
         """Calls `granted` when memory and a slot are reserved, then yields tokens and the end.
 
-        `granted` gets whether prefill must run first, if `resume` is not a beginning.
+        `granted` gets whether prefill must run first, if `resume` is not a beginning. Cancelling
+        what `calling` gets ends the wait for an event with CancelledError.
         """
         stop, sampling, limits = request.stop, request.sampling, self._limits
         stub = worker_pb2_grpc.DecodeStub(self._channel(worker.address))
@@ -162,6 +169,7 @@ class WorkerCalls:
             ),
             timeout=limits.request_timeout_s,
         )
+        calling(call)
         try:
             async for event in call:
                 match event.WhichOneof("event"):

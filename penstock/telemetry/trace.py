@@ -77,16 +77,20 @@ def current() -> Span | None:
 
 @contextlib.contextmanager
 def as_current(span: Span) -> Iterator[Span]:
-    """`span` is what `current` gives, in this task and those it starts, while the block runs."""
+    """`span` is what `current` gives, in this task and those it starts, while the block runs.
+
+    A block of a generator may end in another task than it began in; there it was never current.
+    """
     token = _current.set(span)
     try:
         yield span
     finally:
-        _current.reset(token)
+        with contextlib.suppress(ValueError):
+            _current.reset(token)
 
 
 def span(name: str, **attributes: Attribute) -> AbstractContextManager[Span | None]:
-    """A child of what runs now. Never around a `yield`: it must end in the task it began in."""
+    """A child of what runs now. Around a `yield` it is also what runs for whoever asked."""
     parent = _current.get()
     return _NOTHING if parent is None else parent.child(name, **attributes)
 
