@@ -53,13 +53,13 @@ QUEUES = (
     # The store
     Line("kvstore/get_answers.py:_tickets", "tickets of one `Get` whose bytes go over the data "
          "port", "ids of one call (`MAX_IDS_PER_CALL`)", "`INVALID_ARGUMENT`"),
-    Line("kvstore/put_call.py:due", "offers of one `put_many` on their way",
+    Line("kvstore/put_offers.py:due", "offers of one `put_many` on their way",
          "bytes ahead (`_AHEAD_BYTES`)", "the writer waits"),
     Line("kvstore/data/fetch.py:_received", "objects of one transfer that nobody has taken",
          "bytes ahead, by `_waiting`", "reading from the connection waits"),
     Line("kvstore/data/deliver.py:_loads", "tickets of one `put_many` on one connection",
-         "as `put_call.due`", "the writer waits"),
-    Line("kvstore/data/deliver.py:due", "those whose answer has not come", "as `put_call.due`",
+         "as `put_offers.due`", "the writer waits"),
+    Line("kvstore/data/deliver.py:due", "those whose answer has not come", "as `put_offers.due`",
          "the writer waits"),
     Line("kvstore/arena.py:_freed", "regions freed by any thread, not yet sorted in",
          "objects of the store", "sorted in at the next allocation"),
