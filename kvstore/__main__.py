@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -132,6 +133,9 @@ async def _serve(config: StoreSpec, *, exit_with_parent: bool) -> None:
     if exit_with_parent:
         threading.Thread(target=_watch_parent, args=(loop, stop), daemon=True).start()
     server = await start_server(config, config.peers, config.telemetry)
+    # What was imported stays: the collector need not walk it under every transfer.
+    gc.collect()
+    gc.freeze()
     print(f"ready {server.address}", flush=True)
     await stop.wait()
     await server.stop()

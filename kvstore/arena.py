@@ -174,7 +174,12 @@ class Arena:
         there: each page is zeroed and mapped when its first byte arrives.
         """
         wanted = self._wanted_bytes()
-        if not self._is_preparing and self._ready - self._next < wanted // 2:
+        # A step is worth a thread.
+        if (
+            wanted >= _STEP_BYTES
+            and not self._is_preparing
+            and self._ready - self._next < wanted // 2
+        ):
             self._is_preparing = True
             threading.Thread(target=self._prepare, name="kv-arena", daemon=True).start()
 
@@ -247,6 +252,15 @@ def _madvise(address: int, length: int, advice: int) -> bool:
     return bool(call(ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_int(advice)))
 
 
+def _is_there(address: int, length: int) -> bool:
+    """Whether every page from `address` on has its memory already: a tenth of asking for it."""
+    seen = np.zeros(_pages(length) // _PAGE_BYTES, np.uint8)
+    failed = _LIBC.mincore(
+        ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_void_p(seen.ctypes.data)
+    )
+    return not failed and bool((seen & 1).all())
+
+
 _LIBC = ctypes.CDLL(None)
 
 
@@ -265,8 +279,9 @@ class ArenaWriter:
         size = sum(map(len, parts))
         if memory is None or offset < _PAGE_BYTES or offset + size > len(memory):
             raise OSError("the place is not in the arena")
-        start = offset // _PAGE_BYTES * _PAGE_BYTES
-        if _madvise(memory.ctypes.data + start, offset + size - start, _POPULATE_WRITE):
+        place = memory.ctypes.data + offset // _PAGE_BYTES * _PAGE_BYTES
+        length = memory.ctypes.data + offset + size - place
+        if not _is_there(place, length) and _madvise(place, length, _POPULATE_WRITE):
             # Touching memory that the host does not have would end this process.
             raise OSError("the host has no memory for the place, or no way to ask for it")
         for part in parts:

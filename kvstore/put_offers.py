@@ -23,6 +23,8 @@ from protos.penstock.kv.v1 import kv_pb2
 OFFER_OBJECTS = 64
 OFFER_BYTES = 32 << 20
 """Most bytes of one offer, unless one object alone has more."""
+NEAR_BYTES = 16 << 20
+"""Likewise on the node's host: it hashes one offer while the writer copies the next."""
 AHEAD_BYTES = 96 << 20
 """Most bytes that are reserved at the node and not yet taken."""
 _AHEAD_S = 2.0
@@ -76,7 +78,7 @@ class Offering:
                     fresh.append(is_fresh(answer))
 
         try:
-            for batch in offers(items):
+            for batch in offers(items, NEAR_BYTES if self._is_near else OFFER_BYTES):
                 prefixes = [self._prefix(item) for item in batch]
                 size = sum(map(_size, batch, prefixes))
                 while due and size + sum(bytes_ for bytes_, _, _ in due) > self._ahead_bytes:
@@ -193,13 +195,15 @@ class _Way:
         return list(result.answers)
 
 
-def offers(items: Sequence[StoreObject]) -> list[Sequence[StoreObject]]:
+def offers(
+    items: Sequence[StoreObject], most_bytes: int = OFFER_BYTES
+) -> list[Sequence[StoreObject]]:
     """`items` in parts for one offer each."""
     parts: list[Sequence[StoreObject]] = []
     first = size = 0
     for place, item in enumerate(items):
         more = memoryview(item.payload).nbytes
-        if place > first and (place - first == OFFER_OBJECTS or size + more > OFFER_BYTES):
+        if place > first and (place - first == OFFER_OBJECTS or size + more > most_bytes):
             parts.append(items[first:place])
             first, size = place, 0
         size += more
