@@ -170,6 +170,8 @@ class KvStoreSection(StoreConfig):
     disk_bytes: Size = Field(default=0, ge=0)
     disk_extent_bytes: Size = Field(default=32 << 20, ge=1 << 16)
     disk_queue_bytes: Size = Field(default=256 << 20, ge=0)
+    object_bytes: Size = Field(default=1 << 40, ge=1)
+    object_queue_bytes: Size = Field(default=256 << 20, ge=0)
 
 
 class ParallelSection(Section):

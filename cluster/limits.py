@@ -80,6 +80,7 @@ _WIRE = "tests/kvstore/test_wire_rules.py::"
 _DATA = "tests/kvstore/data/test_transfer.py::"
 _PASSAGE = "tests/cluster/routing/test_passage.py::"
 _DISK = "tests/kvstore/disk/test_tier.py::"
+_BUCKET = "tests/kvstore/test_object_tier.py::"
 
 CONNECTION = (
     Limit("connections of one front", "front.max_connections", "503 `too_many_connections`",
@@ -157,6 +158,12 @@ INSIDE = (
           "test_victims_are_idle_enough_and_never_more_than_needed", "bytes"),
     Limit("the store's disk", "kvstore.disk_bytes", "least valuable unleased objects go",
           _DISK + "test_a_lease_protects_an_object_that_is_only_on_disk", "bytes"),
+    Limit("the bucket of the object tier", "kvstore.object_bytes", "the oldest unleased objects go",
+          _BUCKET + "test_the_budget_holds_and_leased_objects_stay", "bytes"),
+    Limit("what waits for the bucket", "kvstore.object_queue_bytes", "is not written there",
+          _BUCKET + "test_the_queue_is_bounded_and_what_does_not_fit_is_counted", "bytes"),
+    Limit("a read of the bucket", "kvstore.object_read_s", "a miss, and the tier rests",
+          _BUCKET + "test_a_slow_bucket_costs_one_deadline_and_rests", "s"),
     Limit("what waits for the disk", "kvstore.disk_queue_bytes", "stays in memory alone",
           _DISK + "test_a_slow_disk_delays_nobody_and_its_queue_is_bounded", "bytes"),
     Limit("an object of the store", "kvstore.max_object_bytes", "refused",

@@ -69,6 +69,8 @@ QUEUES = (
          "objects of the node", "there are no more"),
     Line("kvstore/disk/tier.py:_queue", "objects on their way to the disk",
          "`kvstore.disk_queue_bytes`", "they stay in memory alone"),
+    Line("kvstore/objects/tier.py:_queue", "objects on their way to the bucket",
+         "`kvstore.object_queue_bytes`", "they are not written there"),
     # Processes
     Line("penstock/child.py:_tail", "last lines of a child's output", "40 (`_TAIL_LINES`)",
          "the oldest goes"),

@@ -39,6 +39,22 @@ class StoreConfig(BaseModel):
     """Reads of the disk at once."""
     disk_sync_s: float = Field(default=1.0, gt=0)
     """What a power cut may lose; a killed process loses nothing that was written."""
+    object_url: str = ""
+    """Bucket of the object tier as fsspec names it (`s3://bucket/prefix`, `file:///folder`); nodes
+    may share it. Credentials come from the environment. Empty: none.
+    """
+    object_bytes: int = Field(default=1 << 40, ge=1)
+    """Most bytes in the bucket, those of other nodes included; the oldest unleased leave."""
+    object_after_uses: int = Field(default=1, ge=0)
+    """Requests beside the first that must have wanted an object before it is written there."""
+    object_queue_bytes: int = Field(default=256 << 20, ge=0)
+    """Most bytes waiting for the bucket; beyond it objects are not written there."""
+    object_readers: int = Field(default=8, ge=1, le=64)
+    """Calls of the bucket at once."""
+    object_read_s: float = Field(default=2.0, gt=0)
+    """Longest that a request waits for one object of the bucket; then the tier rests."""
+    object_list_s: float = Field(default=300.0, gt=0)
+    """How often the bucket is listed, to see what other nodes wrote and deleted."""
     eviction: Eviction = Eviction.REUSE
     """Which objects leave a full store first."""
     max_object_bytes: int = Field(default=1 << 28, ge=1)

@@ -81,6 +81,20 @@ class StoreStat:
     disk_skipped: int = 0
     disk_errors: int = 0
     disk_quarantined: int = 0
+    object_capacity_bytes: int = 0
+    """0: no object tier. What the bucket may hold, those of other nodes included."""
+    object_used_bytes: int = 0
+    object_queued_bytes: int = 0
+    object_objects: int = 0
+    object_evictions: int = 0
+    object_hits: int = 0
+    object_written_bytes: int = 0
+    object_read_bytes: int = 0
+    object_skipped: int = 0
+    object_errors: int = 0
+    object_quarantined: int = 0
+    object_resting: int = 0
+    """1 while the bucket is left alone because it failed or was slow."""
 
 
 class BlockStore(Protocol):

@@ -41,6 +41,18 @@ SOURCES: Mapping[str, Metric] = {
     "disk_skipped": M.STORE_DISK_SKIPPED,
     "disk_errors": M.STORE_DISK_ERRORS,
     "disk_quarantined": M.STORE_DISK_QUARANTINED,
+    "object_capacity_bytes": M.STORE_OBJECT_CAPACITY,
+    "object_used_bytes": M.STORE_OBJECT_USED,
+    "object_queued_bytes": M.STORE_OBJECT_QUEUED,
+    "object_objects": M.STORE_OBJECT_OBJECTS,
+    "object_evictions": M.STORE_OBJECT_EVICTIONS,
+    "object_hits": M.STORE_OBJECT_HITS,
+    "object_written_bytes": M.STORE_OBJECT_WRITTEN,
+    "object_read_bytes": M.STORE_OBJECT_READ,
+    "object_skipped": M.STORE_OBJECT_SKIPPED,
+    "object_errors": M.STORE_OBJECT_ERRORS,
+    "object_quarantined": M.STORE_OBJECT_QUARANTINED,
+    "object_resting": M.STORE_OBJECT_RESTING,
 }
 """Metric by field of `StoreStat`."""
 

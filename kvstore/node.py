@@ -24,6 +24,9 @@ from kvstore.disk.log import Place
 from kvstore.disk.open import open_disk
 from kvstore.disk.tier import DiskTier
 from kvstore.memory import MemoryTier
+from kvstore.objects.bucket import Stored
+from kvstore.objects.open import open_objects
+from kvstore.objects.tier import ObjectTier
 from kvstore.policy.choice import open_policy
 from kvstore.transfer import OpenGet, OpenPut
 from penstock.blocks import BLOCK_TOKENS, ObjectKind
@@ -58,6 +61,7 @@ class StoreNode:
         self._catalog = Catalog(limits, policy=policy, clock=clock)
         self._memory = MemoryTier(config.memory_bytes)
         self._disk: DiskTier | None = None
+        self._objects: ObjectTier | None = None
         self._clock = clock
         self._waiters: dict[bytes, set[asyncio.Future[None]]] = {}
         self._open_gets = 0
@@ -91,9 +95,15 @@ class StoreNode:
                 removed=self._off_disk,
             )
             self._disk.start()
+        if self.config.object_url:
+            self._objects = await asyncio.to_thread(open_objects, self.config, clock=self._clock)
+            self._objects.start()
 
     async def close(self) -> None:
         """Write to disk what waits for it. Idempotent."""
+        objects, self._objects = self._objects, None
+        if objects is not None:
+            await objects.close()
         disk, self._disk = self._disk, None
         if disk is not None:
             await disk.close()
@@ -103,6 +113,8 @@ class StoreNode:
         present = self._catalog.has(ids)
         if self._disk is not None:
             present = list(map(operator.or_, present, self._disk.catalog.has(ids)))
+        if self._objects is not None:
+            present = list(map(operator.or_, present, self._objects.has(ids)))
         return present
 
     def evicted(self, ids: Sequence[bytes]) -> list[bool]:
@@ -119,6 +131,8 @@ class StoreNode:
         held = self._catalog.lease(owner, ids, ttl_s)
         if self._disk is not None:
             held = list(map(operator.or_, held, self._disk.lease(owner, ids, ttl_s)))
+        if self._objects is not None:
+            held = list(map(operator.or_, held, self._objects.lease(owner, ids, ttl_s)))
         self._let_go()
         return held
 
@@ -128,6 +142,8 @@ class StoreNode:
         released = self._catalog.release(owner)
         if self._disk is not None:
             released += self._disk.release(owner)
+        if self._objects is not None:
+            released += self._objects.release(owner)
         self._let_go()
         return released
 
@@ -164,6 +180,10 @@ class StoreNode:
             found = self._from_memory(id_, owner=owner, ttl_s=ttl_s)
             if found is None and self._disk is not None:
                 found = await self._from_disk(self._disk, id_, owner=owner, ttl_s=ttl_s)
+            if found is None and self._objects is not None:
+                found = await self._from_objects(self._objects, id_, owner=owner, ttl_s=ttl_s)
+            elif found is not None:
+                self._wanted(id_, found.data, owner=owner)
             if found is not None:
                 self.hits += 1
                 return found
@@ -203,9 +223,11 @@ class StoreNode:
             bytes_in=self.bytes_in,
             bytes_out=self.bytes_out,
         )
-        if disk is None:
-            return stat
-        return replace(stat, **disk.figures())
+        if disk is not None:
+            stat = replace(stat, **disk.figures())
+        if self._objects is not None:
+            stat = replace(stat, **self._objects.figures())
+        return stat
 
     # What an operator asks
 
@@ -277,6 +299,7 @@ class StoreNode:
             self._appeared(id_)
         if not put.rolling:
             self._spill(id_, owner=put.owner)
+            self._wanted(id_, self._memory.read(id_), owner=put.owner)
         self._let_go()
         return fresh
 
@@ -339,6 +362,32 @@ class StoreNode:
             self.bytes_out += sent
 
         return OpenGet(entry.kind, entry.digest, data, done)
+
+    async def _from_objects(
+        self, objects: ObjectTier, id_: bytes, *, owner: str, ttl_s: float
+    ) -> OpenGet | None:
+        objects.lease(owner, [id_], ttl_s)
+        read = await objects.read(id_)
+        if read is None:
+            # It may have been committed here meanwhile.
+            return self._from_memory(id_, owner=owner, ttl_s=ttl_s)
+        entry, data = read
+        self._promote(entry, data, owner=owner, ttl_s=ttl_s)
+
+        def done(sent: int) -> None:
+            self.bytes_out += sent
+
+        return OpenGet(entry.kind, entry.digest, data, done)
+
+    def _wanted(self, id_: bytes, data: memoryview, *, owner: str) -> None:
+        """Tell the object tier of a retained object that a request put or read."""
+        entry = self._catalog.entry(id_)
+        if entry is None and self._disk is not None:
+            entry = self._disk.catalog.entry(id_)
+        if self._objects is None or entry is None or not entry.retained:
+            return
+        item = Stored(id_, entry.kind, entry.parent, entry.position, entry.digest, data)
+        self._objects.wanted(item, owner=owner)
 
     def _promote(self, entry: Entry, data: memoryview, *, owner: str, ttl_s: float) -> None:
         """Into memory, unless everything there is held: then it is served from disk again."""

@@ -690,6 +690,7 @@ STORE_DATA_REFUSED = Metric(
 # The store node: disk tier
 
 _NO_DISK = "it moves with a disk tier (`kvstore.disk_bytes`)"
+_NO_BUCKET = "there is no object tier unless kvstore.object_url is set"
 STORE_DISK_CAPACITY = Metric(
     "store_disk_capacity_bytes",
     "gauge",
@@ -780,6 +781,90 @@ STORE_DISK_QUARANTINED = Metric(
     _STORE,
     "Objects on disk that did not verify and are not used again",
     still=_NO_DISK,
+)
+STORE_OBJECT_CAPACITY = Metric(
+    "store_object_capacity_bytes",
+    "gauge",
+    _STORE,
+    "Bytes that the bucket may hold, those of other nodes included; 0: there is none",
+    still=_NO_BUCKET,
+)
+STORE_OBJECT_USED = Metric(
+    "store_object_used_bytes",
+    "gauge",
+    _STORE,
+    "Bytes in the bucket, as far as this node knows",
+    still=_NO_BUCKET,
+)
+STORE_OBJECT_QUEUED = Metric(
+    "store_object_queued_bytes",
+    "gauge",
+    _STORE,
+    "Bytes waiting for the bucket",
+    still=_NO_BUCKET,
+)
+STORE_OBJECT_OBJECTS = Metric(
+    "store_object_objects",
+    "gauge",
+    _STORE,
+    "Objects in the bucket, as far as this node knows",
+    still=_NO_BUCKET,
+)
+STORE_OBJECT_EVICTIONS = Metric(
+    "store_object_evictions_total",
+    "counter",
+    _STORE,
+    "Objects that this node deleted there to make room",
+    still=_NO_BUCKET,
+)
+STORE_OBJECT_HITS = Metric(
+    "store_object_hits_total",
+    "counter",
+    _STORE,
+    "Objects read from the bucket",
+    still=_NO_BUCKET,
+)
+STORE_OBJECT_WRITTEN = Metric(
+    "store_object_written_bytes_total",
+    "counter",
+    _STORE,
+    "Bytes written there",
+    still=_NO_BUCKET,
+)
+STORE_OBJECT_READ = Metric(
+    "store_object_read_bytes_total",
+    "counter",
+    _STORE,
+    "Bytes read from there",
+    still=_NO_BUCKET,
+)
+STORE_OBJECT_SKIPPED = Metric(
+    "store_object_skipped_total",
+    "counter",
+    _STORE,
+    "Objects worth keeping that were not written: the queue was full or the bucket failed",
+    still=_NO_BUCKET,
+)
+STORE_OBJECT_ERRORS = Metric(
+    "store_object_errors_total",
+    "counter",
+    _STORE,
+    "Calls of the bucket that failed or took too long",
+    still=_NO_BUCKET,
+)
+STORE_OBJECT_QUARANTINED = Metric(
+    "store_object_quarantined_total",
+    "counter",
+    _STORE,
+    "Objects in the bucket that did not verify; deleted",
+    still=_NO_BUCKET,
+)
+STORE_OBJECT_RESTING = Metric(
+    "store_object_resting",
+    "gauge",
+    _STORE,
+    "1 while the bucket is left alone because it failed or was slow",
+    still=_NO_BUCKET,
 )
 
 CATALOG: tuple[Metric, ...] = tuple(

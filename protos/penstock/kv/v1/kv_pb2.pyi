@@ -882,6 +882,18 @@ class StatResponse(_message.Message):
     DISK_SKIPPED_FIELD_NUMBER: _builtins.int
     DISK_ERRORS_FIELD_NUMBER: _builtins.int
     DISK_QUARANTINED_FIELD_NUMBER: _builtins.int
+    OBJECT_CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    OBJECT_USED_BYTES_FIELD_NUMBER: _builtins.int
+    OBJECT_QUEUED_BYTES_FIELD_NUMBER: _builtins.int
+    OBJECT_OBJECTS_FIELD_NUMBER: _builtins.int
+    OBJECT_EVICTIONS_FIELD_NUMBER: _builtins.int
+    OBJECT_HITS_FIELD_NUMBER: _builtins.int
+    OBJECT_WRITTEN_BYTES_FIELD_NUMBER: _builtins.int
+    OBJECT_READ_BYTES_FIELD_NUMBER: _builtins.int
+    OBJECT_SKIPPED_FIELD_NUMBER: _builtins.int
+    OBJECT_ERRORS_FIELD_NUMBER: _builtins.int
+    OBJECT_QUARANTINED_FIELD_NUMBER: _builtins.int
+    OBJECT_RESTING_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     capacity_bytes: _builtins.int
     used_bytes: _builtins.int
@@ -913,6 +925,19 @@ class StatResponse(_message.Message):
     disk_skipped: _builtins.int
     disk_errors: _builtins.int
     disk_quarantined: _builtins.int
+    object_capacity_bytes: _builtins.int
+    """The object tier; all 0 without one."""
+    object_used_bytes: _builtins.int
+    object_queued_bytes: _builtins.int
+    object_objects: _builtins.int
+    object_evictions: _builtins.int
+    object_hits: _builtins.int
+    object_written_bytes: _builtins.int
+    object_read_bytes: _builtins.int
+    object_skipped: _builtins.int
+    object_errors: _builtins.int
+    object_quarantined: _builtins.int
+    object_resting: _builtins.int
     def __init__(
         self,
         *,
@@ -946,10 +971,22 @@ class StatResponse(_message.Message):
         disk_skipped: _builtins.int = ...,
         disk_errors: _builtins.int = ...,
         disk_quarantined: _builtins.int = ...,
+        object_capacity_bytes: _builtins.int = ...,
+        object_used_bytes: _builtins.int = ...,
+        object_queued_bytes: _builtins.int = ...,
+        object_objects: _builtins.int = ...,
+        object_evictions: _builtins.int = ...,
+        object_hits: _builtins.int = ...,
+        object_written_bytes: _builtins.int = ...,
+        object_read_bytes: _builtins.int = ...,
+        object_skipped: _builtins.int = ...,
+        object_errors: _builtins.int = ...,
+        object_quarantined: _builtins.int = ...,
+        object_resting: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_in", b"bytes_in", "bytes_out", b"bytes_out", "capacity_bytes", b"capacity_bytes", "disk_capacity_bytes", b"disk_capacity_bytes", "disk_errors", b"disk_errors", "disk_evictions", b"disk_evictions", "disk_file_bytes", b"disk_file_bytes", "disk_hits", b"disk_hits", "disk_leases", b"disk_leases", "disk_objects", b"disk_objects", "disk_quarantined", b"disk_quarantined", "disk_queued_bytes", b"disk_queued_bytes", "disk_read_bytes", b"disk_read_bytes", "disk_skipped", b"disk_skipped", "disk_used_bytes", b"disk_used_bytes", "disk_written_bytes", b"disk_written_bytes", "epoch", b"epoch", "evictions", b"evictions", "hits", b"hits", "index_backend", b"index_backend", "index_healthy", b"index_healthy", "integrity_failures", b"integrity_failures", "lease_owners", b"lease_owners", "leases", b"leases", "misses", b"misses", "objects", b"objects", "open_gets", b"open_gets", "open_puts", b"open_puts", "reserved_bytes", b"reserved_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_in", b"bytes_in", "bytes_out", b"bytes_out", "capacity_bytes", b"capacity_bytes", "disk_capacity_bytes", b"disk_capacity_bytes", "disk_errors", b"disk_errors", "disk_evictions", b"disk_evictions", "disk_file_bytes", b"disk_file_bytes", "disk_hits", b"disk_hits", "disk_leases", b"disk_leases", "disk_objects", b"disk_objects", "disk_quarantined", b"disk_quarantined", "disk_queued_bytes", b"disk_queued_bytes", "disk_read_bytes", b"disk_read_bytes", "disk_skipped", b"disk_skipped", "disk_used_bytes", b"disk_used_bytes", "disk_written_bytes", b"disk_written_bytes", "epoch", b"epoch", "evictions", b"evictions", "hits", b"hits", "index_backend", b"index_backend", "index_healthy", b"index_healthy", "integrity_failures", b"integrity_failures", "lease_owners", b"lease_owners", "leases", b"leases", "misses", b"misses", "object_capacity_bytes", b"object_capacity_bytes", "object_errors", b"object_errors", "object_evictions", b"object_evictions", "object_hits", b"object_hits", "object_objects", b"object_objects", "object_quarantined", b"object_quarantined", "object_queued_bytes", b"object_queued_bytes", "object_read_bytes", b"object_read_bytes", "object_resting", b"object_resting", "object_skipped", b"object_skipped", "object_used_bytes", b"object_used_bytes", "object_written_bytes", b"object_written_bytes", "objects", b"objects", "open_gets", b"open_gets", "open_puts", b"open_puts", "reserved_bytes", b"reserved_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,1 @@
+"""The object tier: a bucket behind fsspec, shared by nodes."""
