@@ -114,4 +114,7 @@ class Launcher(Protocol):
     def wait(self) -> None:
         """Blocks until a part that cannot be restarted has died; raises what happened."""
 
+    def rollout(self) -> None:
+        """Ask for fresh workers in place of all, without a failed request; returns at once."""
+
     def stop(self) -> None: ...

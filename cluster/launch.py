@@ -12,11 +12,14 @@ from cluster.config import ClusterConfig
 from cluster.contracts import Endpoint, Launcher
 
 
-def launcher_for(config: ClusterConfig) -> Launcher:
+def launcher_for(
+    config: ClusterConfig, again: Callable[[], ClusterConfig] | None = None
+) -> Launcher:
+    """`again` reads the configuration anew, for a rollout."""
     if config.launcher.kind == "local":
         from cluster.launchers.local import LocalLauncher
 
-        return LocalLauncher(config)
+        return LocalLauncher(config, again=again)
     from cluster.launchers.ray import RayLauncher
 
     return RayLauncher(config)
@@ -40,8 +43,10 @@ class _Signalled(BaseException):
         self.number = number
 
 
-def run(config: ClusterConfig) -> int:
-    """What `penstock serve` does: prints `ready URL`, serves until a signal. Exit code."""
+def run(config: ClusterConfig, again: Callable[[], ClusterConfig] | None = None) -> int:
+    """What `penstock serve` does: prints `ready URL`, serves until a signal. Exit code. SIGHUP asks
+    for a rollout (`penstock rollout`).
+    """
 
     def handle_with(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -53,7 +58,9 @@ def run(config: ClusterConfig) -> int:
         raise _Signalled(number)
 
     handle_with(on_signal)
-    launcher = launcher_for(config)
+    launcher = launcher_for(config, again)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, lambda number, frame: launcher.rollout())
     try:
         endpoint = launcher.start()
         print(f"ready {endpoint.url}", flush=True)

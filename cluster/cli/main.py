@@ -28,6 +28,7 @@ from cluster.cli import (
     kv,
     kvstore,
     logits,
+    rollout,
     run_batch,
     serve,
     simulate,
@@ -55,6 +56,7 @@ def build() -> typer.Typer:
     bench.register(app)
     config.register(app)
     evaluate.register(app)
+    rollout.register(app)
     train.register(app)
     keys.register(app)
     certs.register(app)

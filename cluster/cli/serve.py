@@ -98,42 +98,40 @@ def serve(
     from model.ranks.check import check_ranks
     from penstock.chat import check_encoding
 
-    resolved = resolve(
-        {
-            "model.model": model,
-            "front.host": host,
-            "front.port": port,
-            "model.served_name": served_model_name,
-            "model.max_model_len": max_model_len,
-            "parallel.tensor": tensor_parallel_size,
-            "parallel.expert": expert_parallel_size,
-            "parallel.prefill_context": prefill_context_parallel_size,
-            "decode.max_running": max_num_seqs,
-            "prefill.chunk_tokens": max_num_batched_tokens,
-            "model.num_speculative_tokens": num_speculative_tokens,
-            "model.kv_cache_dtype": text(kv_cache_dtype),
-            "front.api_key": api_key,
-            "front.api_keys_file": api_keys_file,
-            "front.tls_cert": tls_cert,
-            "front.tls_key": tls_key,
-            "front.insecure": insecure or None,
-            "prefill.replicas": prefill_replicas,
-            "decode.replicas": decode_replicas,
-            "kvstore.memory_bytes": kv_memory,
-            "kvstore.disk_bytes": kv_disk,
-            "kvstore.disk_dir": kv_disk_dir,
-            "decode.kv_memory_bytes": decode_kv_memory,
-            "kvstore.redis_url": redis_url,
-            "model.numerics": text(numerics),
-            "model.rounding": rounding,
-            "model.device": text(device),
-            "batch.journal_url": journal_url,
-            "batch.grpc_port": grpc_port,
-            "batch.sources": batch_sources,
-            "launcher.kind": text(launcher),
-        },
-        file=config,
-    )
+    flags = {
+        "model.model": model,
+        "front.host": host,
+        "front.port": port,
+        "model.served_name": served_model_name,
+        "model.max_model_len": max_model_len,
+        "parallel.tensor": tensor_parallel_size,
+        "parallel.expert": expert_parallel_size,
+        "parallel.prefill_context": prefill_context_parallel_size,
+        "decode.max_running": max_num_seqs,
+        "prefill.chunk_tokens": max_num_batched_tokens,
+        "model.num_speculative_tokens": num_speculative_tokens,
+        "model.kv_cache_dtype": text(kv_cache_dtype),
+        "front.api_key": api_key,
+        "front.api_keys_file": api_keys_file,
+        "front.tls_cert": tls_cert,
+        "front.tls_key": tls_key,
+        "front.insecure": insecure or None,
+        "prefill.replicas": prefill_replicas,
+        "decode.replicas": decode_replicas,
+        "kvstore.memory_bytes": kv_memory,
+        "kvstore.disk_bytes": kv_disk,
+        "kvstore.disk_dir": kv_disk_dir,
+        "decode.kv_memory_bytes": decode_kv_memory,
+        "kvstore.redis_url": redis_url,
+        "model.numerics": text(numerics),
+        "model.rounding": rounding,
+        "model.device": text(device),
+        "batch.journal_url": journal_url,
+        "batch.grpc_port": grpc_port,
+        "batch.sources": batch_sources,
+        "launcher.kind": text(launcher),
+    }
+    resolved = resolve(flags, file=config)
     # Named here, before any process starts that could only fail on it.
     for role in ("prefill", "decode"):
         check_ranks(resolved.config.model_spec(), resolved.config.parallel.of_role(role))
@@ -155,7 +153,7 @@ def serve(
     resolved.config.tls.check()
     from cluster.launch import run
 
-    return run(resolved.config)
+    return run(resolved.config, lambda: resolve(flags, file=config).config)
 
 
 def text(choice: Any) -> str | None:

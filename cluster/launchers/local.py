@@ -4,8 +4,10 @@ Ray.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from collections.abc import Callable
 
 from cluster.config import ClusterConfig
 from cluster.contracts import Endpoint
@@ -18,35 +20,41 @@ from cluster.launchers.common import (
     with_token,
     worker_spec,
 )
+from cluster.launchers.rollout import Rollout
 from cluster.launchers.supervisor import Supervisor
 from penstock.child import ChildProcess
-from penstock.errors import UnavailableError
+from penstock.errors import PenstockError, UnavailableError
 
+_log = logging.getLogger(__name__)
 _LOOK_S = 0.05
 
 
 class LocalLauncher:
     """Store node, workers and front as children. One that dies is started again."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(
+        self, config: ClusterConfig, *, again: Callable[[], ClusterConfig] | None = None
+    ) -> None:
+        """`again` reads the configuration anew for a rollout; None: as it was."""
         self._config = with_token(config)
+        self._again = again
         self.store: ChildProcess | None = None
         self.workers: dict[str, ChildProcess] = {}
         self.front: ChildProcess | None = None
         self._stopping = threading.Event()
         self._starting = threading.Lock()
+        self._asked = threading.Event()
+        self._rollout: Rollout | None = None
 
     def start(self) -> Endpoint:
         config = self._config
         require_free_ports(config)
         self.store, store_address = start_store(config)
+        self._store_address = store_address
         for role, pool in (("prefill", config.prefill), ("decode", config.decode)):
             for number in range(pool.replicas):
                 name = f"{role}-{number}"
-                spec = worker_spec(config, role=role, worker_id=name, store_address=store_address)
-                self.workers[name] = ChildProcess(
-                    name, role, ["--spec-stdin"], first_line=spec.model_dump_json()
-                )
+                self.workers[name] = self._worker(config, role, name)
         spec_line = front_spec(config, store_address=store_address).model_dump_json()
         self.front = ChildProcess("front", "cluster.front", first_line=spec_line)
         for child in self._restartable():
@@ -56,6 +64,14 @@ class LocalLauncher:
         url = http_url(config)
         wait_until_ready(url, timeout_s=config.launcher.start_timeout_s, alive=self._check)
         return Endpoint(url, store_address, config.tls)
+
+    def _worker(self, config: ClusterConfig, role: str, name: str) -> ChildProcess:
+        spec = worker_spec(config, role=role, worker_id=name, store_address=self._store_address)
+        return ChildProcess(name, role, ["--spec-stdin"], first_line=spec.model_dump_json())
+
+    def rollout(self) -> None:
+        """Ask for fresh workers in place of all; `wait` sees to it. May be called by a signal."""
+        self._asked.set()
 
     def _children(self) -> list[ChildProcess]:
         return [child for child in (self.store, *self._restartable()) if child is not None]
@@ -74,10 +90,35 @@ class LocalLauncher:
             with self._starting:
                 if not self._stopping.is_set():
                     supervisor.tick(time.monotonic())
+            if self._asked.is_set() and not (self._rollout and self._rollout.is_alive()):
+                self._asked.clear()
+                self._rollout = self._begin_rollout(supervisor)
+
+    def _begin_rollout(self, supervisor: Supervisor) -> Rollout | None:
+        try:
+            fresh = self._config if self._again is None else self._again()
+        except PenstockError as error:
+            _log.error("no rollout, the workers stay: %s", error.message)
+            return None
+        # The store and its token stay as they are: so do addresses.
+        fresh = fresh.model_copy(update={"tls": self._config.tls})
+        rollout = Rollout(
+            workers=self.workers,
+            make=lambda role, name: self._worker(fresh, role, name),
+            supervisor=supervisor,
+            lock=self._starting,
+            stopping=self._stopping,
+            start_timeout_s=fresh.launcher.start_timeout_s,
+            drain_timeout_s=fresh.launcher.drain_timeout_s,
+        )
+        rollout.start()
+        return rollout
 
     def stop(self) -> None:
         """Front first, so that no request meets a half-stopped cluster; the store last."""
         self._stopping.set()
+        if self._rollout is not None:
+            self._rollout.end()
         # What the supervisor is just starting must be known here to be stopped.
         with self._starting:
             self._stop()

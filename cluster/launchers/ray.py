@@ -187,6 +187,10 @@ class RayLauncher:
         while not self._stopping.wait(0.5):
             self._check()
 
+    def rollout(self) -> None:
+        """Serve replaces replicas itself, one after the other, when what is deployed changes."""
+        _log.warning("no rollout: Ray Serve does that itself (docs/rollout.md)")
+
     def stop(self) -> None:
         self._stopping.set()
         if "ray" in sys.modules:

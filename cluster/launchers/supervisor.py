@@ -32,6 +32,14 @@ class Supervisor:
     def __init__(self, children: Sequence[ChildProcess]) -> None:
         self._watched = [_Watched(child) for child in children]
 
+    def watch(self, child: ChildProcess) -> None:
+        """One more, which has been started."""
+        self._watched.append(_Watched(child))
+
+    def forget(self, child: ChildProcess) -> None:
+        """It is to end."""
+        self._watched = [watched for watched in self._watched if watched.child is not child]
+
     def tick(self, now: float) -> None:
         """Look at each child once. Raises `UnavailableError` that names one that keeps ending."""
         for watched in self._watched:

@@ -100,7 +100,9 @@ def test_equal_ids_are_equal_text_and_different_ones_differ_from_their_first_tok
     assert all(97 <= token < 123 for token in one + two)
 
 
-def test_what_against_cannot_do_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    for flags in (["--policy", "all"], ["--plot", "x.png"]):
+def test_what_against_cannot_do_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags in (["--policy", "all"], ["--plot", str(tmp_path / "x.png")]):
         assert main(["simulate", "generated:requests=9", "--against", "fake", *flags]) == 2
         assert capsys.readouterr().err.count("\n") == 1
