@@ -94,6 +94,10 @@ class FrontSection(Section):
     """A prompt is refused at once if its prefill worker predicts a longer line in front of it."""
     failover_timeout_s: float = Field(default=30.0, ge=0)
     """How long a request whose worker or store failed looks for another to go on with."""
+    stream_kept_s: float = Field(default=600.0, ge=0)
+    """How long a client with an X-Request-Id may come back for a stream after its end; 0: never."""
+    stream_kept_bytes: Size = Field(default=64 << 20, ge=0)
+    """Tokens that one front keeps for such clients; what is beyond is drawn again."""
     encode_threads: int = Field(default=2, ge=1)
 
     @model_validator(mode="after")

@@ -38,7 +38,7 @@ from cluster.router import Router
 from cluster.routing.told import Told
 from cluster.workers import DecodeFinished, Hold, StoreNode, WorkerCalls
 from penstock.errors import UnavailableError, WorkerUnavailableError
-from penstock.request import BEGINNING, Event, Finish, Request, Resume, TokenChunk, Usage
+from penstock.request import Event, Finish, Request, TokenChunk, Usage
 
 
 class Flow:
@@ -62,13 +62,13 @@ class Flow:
         self._created = int(time.time())
         self._releasing: set[asyncio.Task[None]] = set()
 
-    async def generate(self, request: Request, resume: Resume = BEGINNING) -> AsyncIterator[Event]:
+    async def generate(self, request: Request) -> AsyncIterator[Event]:
         """The page that tells the story. Raises the first error that no other worker can mend."""
         started, prompt_tokens = time.monotonic(), len(request.token_ids)
         timings: dict[str, float] = {}
         is_over = False
-        async with self.ground.footing(request, resume.attempt) as footing:
-            relay = Relay(self.ground, footing, self._calls, request, resume)
+        async with self.ground.footing(request) as footing:
+            relay = Relay(self.ground, footing, self._calls, request)
             try:
                 async with aclosing(relay.events()) as events:
                     async for event in events:
@@ -83,7 +83,8 @@ class Flow:
                         usage = Usage(prompt_tokens, cached, event.completion_tokens)
                         yield Finish(event.reason, usage, event.text, timings)
             finally:
-                if not is_over:
+                # A stream that is kept may be another front's by now.
+                if not (is_over or request.kept):
                     self._give_up(request.request_id)
 
     def _give_up(self, request_id: str) -> None:

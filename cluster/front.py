@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 import threading
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +25,8 @@ from penstock.telemetry.logs import configure_logging
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from kvstore.journal.streams import StreamJournal
 
 
 class FrontSpec(BaseModel):
@@ -99,7 +102,18 @@ def build_app(spec: FrontSpec, service: Flow) -> FastAPI:
         telemetry=telemetry,
         sampling_defaults=sampling_defaults(model),
         batch=open_batch,
+        streams=_open_streams(spec),
     )
+
+
+def _open_streams(spec: FrontSpec) -> StreamJournal | None:
+    from kvstore.journal.journal import open_streams
+
+    front = spec.config.front
+    if not front.stream_kept_s:
+        return None
+    url = spec.config.batch.streams(front.port)
+    return open_streams(url, ttl_s=front.stream_kept_s, most_bytes=front.stream_kept_bytes)
 
 
 class FrontReplica:
@@ -121,6 +135,17 @@ class FrontReplica:
         self._exporter.close()
         await self._service.close()
         await self._app.state.penstock.telemetry.tracer.close()
+
+
+def _shared_socket(host: str, port: int) -> socket.socket:
+    """The kernel spreads new connections over the front processes that listen on one port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listening.bind((host, port))
+    listening.set_inheritable(True)
+    return listening
 
 
 async def _serve(spec: FrontSpec) -> None:
@@ -147,7 +172,8 @@ async def _serve(spec: FrontSpec) -> None:
             timeout_graceful_shutdown=2,
         )
     )
-    serving = asyncio.create_task(server.serve())
+    shared = [_shared_socket(front.host, front.port)] if front.replicas > 1 else None
+    serving = asyncio.create_task(server.serve(shared))
     # uvicorn has no event for this.
     while not server.started and not serving.done():  # noqa: ASYNC110
         await asyncio.sleep(0.01)

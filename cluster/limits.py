@@ -139,6 +139,10 @@ REQUEST = (
           "429 `overloaded`, reason `predicted_wait`",
           "tests/prefill/test_fair_worker.py::"
           "test_a_wait_that_is_predicted_to_be_too_long_is_refused_at_once", "s"),
+    Limit("time without progress after a failure", "front.failover_timeout_s",
+          "the failure's own error",
+          "tests/cluster/test_store_broken.py::"
+          "test_store_killed_in_mid_prefill_fails_every_request_with_its_cause", "s"),
     Limit("time for a request", "front.request_timeout_s", "504 `deadline_exceeded`",
           "tests/cluster/api/test_chat_api.py::test_the_deadline_ends_a_request", "s"),
 )  # fmt: skip

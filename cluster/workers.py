@@ -166,6 +166,7 @@ class WorkerCalls:
                 attempt=resume.attempt,
                 emitted=resume.emitted,
                 tell_emitted=resume.tell_emitted,
+                one_by_one=request.kept,
             ),
             timeout=limits.request_timeout_s,
         )

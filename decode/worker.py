@@ -257,7 +257,7 @@ class DecodeWorker:
                 write,
                 has_told,
                 prompt_tokens=len(request.prompt.token_ids),
-                one_by_one=request.evidence,
+                one_by_one=request.evidence or request.one_by_one or request.tell_emitted,
             )
             order = await asyncio.to_thread(self._read, request)
             await self.runner.run(order, Listener(news.granted, news.tokens, news.finished))

@@ -120,6 +120,27 @@ class Grammar:
 
 
 @dataclass(frozen=True)
+class Resume:
+    """Where a request stands that other workers began. The default is its beginning."""
+
+    attempt: int = 0
+    """Of this request, rising: the fence by which an earlier attempt is told from a later one."""
+    emitted: tuple[int, ...] = ()
+    """Tokens of its answer that were drawn and handed on."""
+    tell_emitted: bool = False
+    """Whoever goes on reading has not read those: send them once more."""
+    cached_tokens: int | None = None
+    """Of the prompt, as the first attempt's prefill told; None: not known."""
+
+    def absorbed(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
+        """What a sequence must have absorbed to go on: the token drawn last is still pending."""
+        return (*prompt, *self.emitted[:-1])
+
+
+BEGINNING = Resume()
+
+
+@dataclass(frozen=True)
 class Request:
     """One prompt on its way through the cluster."""
 
@@ -137,6 +158,9 @@ class Request:
     """Return the log probability of each token, and of this many likeliest ones beside it."""
     grammar: Grammar | None = None
     """Draw only tokens that it allows."""
+    resume: Resume = BEGINNING
+    kept: bool = False
+    """Its client may come back for it: each token is told in an event of its own."""
     tenant: bytes = b""
     """Whose share of the workers it uses: an opaque tag, never a name or a key."""
     priority: Priority = Priority.NORMAL
@@ -156,25 +180,6 @@ class Request:
     def total_tokens(self) -> int:
         """Context that the request may grow to."""
         return len(self.token_ids) + self.stop.max_tokens
-
-
-@dataclass(frozen=True)
-class Resume:
-    """Where a request stands that other workers began. The default is its beginning."""
-
-    attempt: int = 0
-    """Of this request, rising: the fence by which an earlier attempt is told from a later one."""
-    emitted: tuple[int, ...] = ()
-    """Tokens of its answer that were drawn and handed on."""
-    tell_emitted: bool = False
-    """Whoever goes on reading has not read those: send them once more."""
-
-    def absorbed(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
-        """What a sequence must have absorbed to go on: the token drawn last is still pending."""
-        return (*prompt, *self.emitted[:-1])
-
-
-BEGINNING = Resume()
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from cluster.api import errors
 from cluster.api.choices import Choice, Total, run
 from cluster.api.logprobs import Entry
+from cluster.api.reconnect import Kept
 from cluster.api.render import KEEP_ALIVE, Render, progress_comment, sse
 from cluster.contracts import Service
 from penstock.errors import DeadlineError, PenstockError, UnavailableError
@@ -47,9 +48,19 @@ class Answer:
     stream: bool
     keep_alive_s: float
     timeout_s: float
+    kept: Kept | None = None
+    """Set if its client can go on reading after a front died; then there is one choice."""
 
     def opening(self) -> bytes:
-        return self.render.opening(self.choices)
+        return self.numbered(0, self.render.opening(self.choices))
+
+    def numbered(self, position: int, data: bytes) -> bytes:
+        """Events with their ids, if the stream is kept."""
+        return data if self.kept is None else self.kept.ids.number(position, data)
+
+    def note(self, event: Progress | TokenChunk) -> None:
+        if self.kept is not None:
+            self.kept.note(event)
 
 
 class AnswerResponse(Response):
@@ -141,12 +152,15 @@ class AnswerResponse(Response):
                 if not wire.started:
                     await wire.start_stream(answer.opening())
                 if isinstance(event, TokenChunk):
-                    data = self._chunk(choice, event)
+                    answer.note(event)
+                    position = event.index + len(event.token_ids)
+                    data = answer.numbered(position, self._chunk(choice, event))
                     if data:
                         await wire.write(data)
                         if event.arrived_s is not None:
                             answer.meter.handed_over(event.arrived_s)
                 elif isinstance(event, Progress):
+                    answer.note(event)
                     if choice.leads:
                         await wire.write(progress_comment(event))
                 else:
@@ -158,7 +172,10 @@ class AnswerResponse(Response):
                         await wire.write(last)
                         continue
                     answer.meter.end(total.reason, total.usage, total.timings)
-                    await wire.end(last + answer.render.closing(total, timings))
+                    if answer.kept is not None:
+                        answer.kept.end()
+                    last += answer.render.closing(total, timings)
+                    await wire.end(answer.numbered(event.usage.completion_tokens + 1, last))
                     return
         raise errors.unexpected()
 

@@ -20,6 +20,7 @@ from cluster.batch.room import BatchRoom
 from cluster.batch.surroundings import Surroundings
 from cluster.config import FrontSection
 from cluster.contracts import Service
+from kvstore.journal.streams import StreamJournal
 from penstock.chat import ChatEncoder
 from penstock.errors import PenstockError
 from penstock.telemetry import Telemetry
@@ -37,12 +38,14 @@ def create_app(
     telemetry: Telemetry,
     sampling_defaults: Mapping[str, float] | None = None,
     batch: OpenBatch | None = None,
+    streams: StreamJournal | None = None,
 ) -> FastAPI:
     """The app over `service`, which stays its caller's to close.
 
     `sampling_defaults` is what the model's generation_config.json wants
     (`penstock.folder.sampling_defaults`). Without a tokenizer only health and metrics work.
     `batch` opens the room of batch jobs, which lives as long as the app serves; None: no jobs.
+    `streams`: where streams are kept for clients that reconnect; closed with the app.
     """
     state = ApiState(
         service=service,
@@ -51,6 +54,7 @@ def create_app(
         config=config,
         telemetry=telemetry,
         sampling_defaults=sampling_defaults or {},
+        streams=streams,
     )
 
     @contextlib.asynccontextmanager
@@ -63,6 +67,8 @@ def create_app(
         finally:
             if room is not None:
                 await room.stop()
+            if streams is not None:
+                await streams.close()
             state.close()
 
     app = FastAPI(title="Penstock", lifespan=lifespan, redoc_url=None, redirect_slashes=False)

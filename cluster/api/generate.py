@@ -17,6 +17,7 @@ from cluster.api.grounding import Grounding, check_combination, refusal_of
 from cluster.api.intake import parse, read_body, state_of
 from cluster.api.logprobs import Logprobs
 from cluster.api.parts import AnswerParts
+from cluster.api.reconnect import Kept, keep
 from cluster.api.records import TokenRecord
 from cluster.api.render import ChatRender, Render, TextRender
 from cluster.api.schema import ChatBody, CompletionBody, Generation
@@ -26,7 +27,7 @@ from cluster.api.structure import grammar_of
 from cluster.contracts import ServedModel
 from penstock import request as nouns
 from penstock.chat import Encoded
-from penstock.errors import ContextLengthError, InvalidRequestError
+from penstock.errors import ContextLengthError, InvalidRequestError, JournalUnavailableError
 from penstock.identity import namespace, tenant_tag
 from penstock.telemetry import logs, trace
 
@@ -130,11 +131,45 @@ async def _answer(http: Request, kind: type[_Chat] | type[_Text]) -> Response:
         prompts, body, owner = await state.encode(work, len(raw))
         model = await state.model(body.model)
         place.widen(len(prompts) * (body.n or 1))
-        answer = _plan(body, prompts, owner, model, kind, state, started_s)
+        kept = await _kept(http, raw, body, prompts, kind, state)
+        answer = _plan(body, prompts, owner, model, kind, state, started_s, kept)
     except BaseException:
         place.leave()
         raise
     return AnswerResponse(state.service, answer, place.leave)
+
+
+async def _kept(
+    http: Request,
+    raw: bytes,
+    body: Generation,
+    prompts: Sequence[Prompt],
+    kind: type[_Chat] | type[_Text],
+    state: ApiState,
+) -> Kept | None:
+    """Its client can go on reading elsewhere if it named the stream: `cluster.api.reconnect`."""
+    name, last = http.headers.get("x-request-id"), http.headers.get("last-event-id")
+    journal = state.kept_streams
+    if journal is None or name is None or not body.stream:
+        return None
+    if len(prompts) * (body.n or 1) != 1:
+        return None
+    tells_more = body.evidence or body.grounding == "strict" or body.asked_logprobs is not None
+    try:
+        return await keep(
+            journal,
+            tenant=http.scope["penstock.tenant"],
+            name=name,
+            body=raw,
+            last_event_id=last,
+            answer_id=kind.id_prefix + secrets.token_hex(16),
+            replays=not tells_more,
+        )
+    except JournalUnavailableError:
+        if last is not None:
+            raise
+        # It is answered all the same; only its client cannot come back for it.
+        return None
 
 
 def _prepare(
@@ -169,12 +204,14 @@ def _plan(
     kind: type[_Chat] | type[_Text],
     state: ApiState,
     started_s: float,
+    kept: Kept | None,
 ) -> Answer:
     """From checked parts to what will run. Raises for what does not fit the model."""
-    answer_id = kind.id_prefix + secrets.token_hex(16)
+    answer_id = kind.id_prefix + secrets.token_hex(16) if kept is None else kept.answer_id
     choices: list[Choice] = []
     for prompt in prompts:
-        choices += _choices(body, prompt, owner, model, kind, state, answer_id, len(choices))
+        first = len(choices)
+        choices += _choices(body, prompt, owner, model, kind, state, answer_id, first, kept)
     trace.note(gen_ai__request__model=model.name, gen_ai__response__id=answer_id)
     logs.remember(answer_id=answer_id)
     return Answer(
@@ -182,7 +219,7 @@ def _plan(
         choices=choices,
         render=kind.render(
             answer_id=answer_id,
-            created=int(time.time()),
+            created=int(time.time()) if kept is None else kept.created,
             model=model,
             include_usage=body.include_usage,
             choices=len(choices),
@@ -197,6 +234,7 @@ def _plan(
         stream=bool(body.stream),
         keep_alive_s=state.config.keep_alive_s,
         timeout_s=state.config.request_timeout_s,
+        kept=kept,
     )
 
 
@@ -209,10 +247,12 @@ def _choices(
     state: ApiState,
     answer_id: str,
     first: int,
+    kept: Kept | None,
 ) -> list[Choice]:
     """The answers to one prompt, the first with index `first`."""
     encoded, ids = prompt.encoded, tuple(prompt.encoded.token_ids)
-    sampling = body.sampling(state.sampling_defaults, secrets.randbits(63))
+    seed = secrets.randbits(63) if kept is None else kept.seed
+    sampling = body.sampling(state.sampling_defaults, seed)
     stop = body.stop_rule(_max_tokens(body, len(ids), model.max_model_len, kind, state))
     tokenizer = state.tokenizer if state.has_tokenizer else None
     if sampling.logit_bias and tokenizer is not None:
@@ -243,6 +283,8 @@ def _choices(
                 logits_digest=bool(body.logits_digest),
                 top_logprobs=logprobs,
                 grammar=prompt.grammar,
+                resume=nouns.BEGINNING if kept is None else kept.resume,
+                kept=kept is not None,
                 tenant=owner.tenant,
                 priority=owner.priority,
             ),

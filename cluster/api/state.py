@@ -14,6 +14,7 @@ from cluster.auth.limiter import Limiter
 from cluster.auth.metered import MeteredService
 from cluster.config import FrontSection
 from cluster.contracts import ServedModel, Service
+from kvstore.journal.streams import StreamJournal
 from penstock.chat import ChatEncoder
 from penstock.errors import (
     InvalidRequestError,
@@ -41,12 +42,15 @@ class ApiState:
         config: FrontSection,
         telemetry: Telemetry,
         sampling_defaults: Mapping[str, float],
+        streams: StreamJournal | None = None,
     ) -> None:
         self.service: Service = MeteredService(service)
         self.config = config
         self.telemetry = telemetry
         telemetry.meters.set(M.REQUESTS_LIMIT, config.max_streams)
         self.sampling_defaults = dict(sampling_defaults)
+        self.kept_streams = streams
+        """Where streams are kept for clients whose front dies; None: nowhere."""
         self._tokenizer = tokenizer
         self._chat = chat
         self._streams = 0

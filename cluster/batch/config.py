@@ -89,5 +89,18 @@ class BatchSection(Section):
         """The journal's URL. A server is known by its port: started again there, it goes on."""
         if self.journal_url is not None:
             return self.journal_url
-        base = os.environ.get("XDG_STATE_HOME") or str(Path("~/.local/state").expanduser())
-        return f"sqlite:///{base}/penstock/journal-{front_port}.db"
+        return f"sqlite:///{_state_folder()}/penstock/journal-{front_port}.db"
+
+    def streams(self, front_port: int) -> str:
+        """Where streams are kept for clients that reconnect: the same Redis, or a file beside the
+        journal's.
+        """
+        if self.journal_url is None:
+            return f"sqlite:///{_state_folder()}/penstock/streams-{front_port}.db"
+        if self.journal_url.startswith("sqlite:///"):
+            return f"{self.journal_url}.streams"
+        return self.journal_url
+
+
+def _state_folder() -> str:
+    return os.environ.get("XDG_STATE_HOME") or str(Path("~/.local/state").expanduser())

@@ -48,11 +48,11 @@ class Ground:
         meters.read(M.FAILOVER_RECOMPUTED, lambda: self.lost_tokens)
 
     @contextlib.asynccontextmanager
-    async def footing(self, request: Request, attempt: int) -> AsyncIterator[Footing]:
+    async def footing(self, request: Request) -> AsyncIterator[Footing]:
         """A request's workers, from the decision to its end. Raises `WorkerUnavailableError`."""
         with trace.span("route"):
             passage = await self._first(request)
-        standing = Footing(self, request, passage, attempt)
+        standing = Footing(self, request, passage)
         try:
             await standing.held.enter_async_context(self.hold(passage.route, request.request_id))
             yield standing
@@ -79,10 +79,10 @@ class Ground:
 class Footing:
     """One request's. `attempt` rises with every move: the fence of what runs now."""
 
-    def __init__(self, ground: Ground, request: Request, passage: Passage, attempt: int) -> None:
+    def __init__(self, ground: Ground, request: Request, passage: Passage) -> None:
         self.passage = passage
         """Its charges, and what its events tell of the two workers."""
-        self.attempt = attempt
+        self.attempt = request.resume.attempt
         self.patience = Patience(ground.window_s)
         self.held = AsyncExitStack()
         self._ground = ground

@@ -43,10 +43,10 @@ class Relay:
         footing: Footing,
         calls: WorkerCalls,
         request: Request,
-        resume: Resume,
     ) -> None:
+        resume = request.resume
         self.emitted = list(resume.emitted)
-        self.cached_tokens: int | None = None
+        self.cached_tokens = resume.cached_tokens
         """Of the prompt, by the first worker: what a second restores, the first has computed."""
         self._prompt_read = asyncio.Event()
         """Set once a prefill worker has read the prompt to its end, or needs not."""

@@ -40,11 +40,16 @@ class LocalLauncher:
         self._again = again
         self.store: ChildProcess | None = None
         self.workers: dict[str, ChildProcess] = {}
-        self.front: ChildProcess | None = None
+        self.fronts: list[ChildProcess] = []
         self._stopping = threading.Event()
         self._starting = threading.Lock()
         self._asked = threading.Event()
         self._rollout: Rollout | None = None
+
+    @property
+    def front(self) -> ChildProcess | None:
+        """The first of the fronts."""
+        return self.fronts[0] if self.fronts else None
 
     def start(self) -> Endpoint:
         config = self._config
@@ -56,7 +61,9 @@ class LocalLauncher:
                 name = f"{role}-{number}"
                 self.workers[name] = self._worker(config, role, name)
         spec_line = front_spec(config, store_address=store_address).model_dump_json()
-        self.front = ChildProcess("front", "cluster.front", first_line=spec_line)
+        for number in range(config.front.replicas):
+            name = f"front-{number}" if config.front.replicas > 1 else "front"
+            self.fronts.append(ChildProcess(name, "cluster.front", first_line=spec_line))
         for child in self._restartable():
             child.spawn()
         for child in self._restartable():
@@ -77,7 +84,7 @@ class LocalLauncher:
         return [child for child in (self.store, *self._restartable()) if child is not None]
 
     def _restartable(self) -> list[ChildProcess]:
-        return [*self.workers.values(), *([self.front] if self.front else [])]
+        return [*self.workers.values(), *self.fronts]
 
     def _check(self) -> None:
         for child in self._children():
@@ -124,13 +131,16 @@ class LocalLauncher:
             self._stop()
 
     def _stop(self) -> None:
-        if self.front is not None:
-            self.front.stop()
+        for front in self.fronts:
+            front.terminate()
+        for front in self.fronts:
+            front.stop()
         for child in self.workers.values():
             child.terminate()
         for child in self.workers.values():
             child.stop()
         if self.store is not None:
             self.store.stop()
-        self.front, self.store = None, None
+        self.store = None
+        self.fronts.clear()
         self.workers.clear()

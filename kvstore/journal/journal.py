@@ -23,6 +23,7 @@ from kvstore.journal.contracts import (
 from kvstore.journal.keys import blob_key
 from kvstore.journal.redis import RedisBackend
 from kvstore.journal.sqlite import SqliteBackend
+from kvstore.journal.streams import StreamJournal
 from kvstore.journal.sweep import sweep
 from kvstore.journal.tables import Backend, Transaction
 from penstock.errors import NotFoundError, UsageError
@@ -41,10 +42,18 @@ def check_url(url: str) -> None:
     _backend(url).close()
 
 
-def _backend(url: str) -> Backend:
+def open_streams(url: str, *, ttl_s: float, most_bytes: int) -> StreamJournal:
+    """The journal of streams, at a URL as `open_journal` takes; a file need not survive a power
+    cut, which no stream does.
+    """
+    return StreamJournal(_backend(url, durable=False), ttl_s=ttl_s, most_bytes=most_bytes)
+
+
+def _backend(url: str, *, durable: bool = True) -> Backend:
     if url.startswith("sqlite:///") and len(url) > len("sqlite:///"):
         # Three slashes and an absolute path make four; a relative one is taken as it is.
-        return SqliteBackend(Path(url.removeprefix("sqlite:///")).expanduser())
+        path = Path(url.removeprefix("sqlite:///")).expanduser()
+        return SqliteBackend(path, durable=durable)
     if url.startswith(("redis://", "rediss://")):
         return RedisBackend(url)
     raise UsageError(

@@ -24,8 +24,10 @@ class SqliteBackend:
     Belongs to one thread at a time.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, durable: bool = True) -> None:
+        """`durable` False: what is committed survives the process, perhaps not a power cut."""
         self.path = path
+        self._synchronous = "FULL" if durable else "OFF"
         self._connection: sqlite3.Connection | None = None
 
     def read(self, key: bytes) -> bytes | None:
@@ -77,7 +79,7 @@ class SqliteBackend:
             # It holds documents and answers.
             self.path.chmod(0o600)
             connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute(f"PRAGMA synchronous={self._synchronous}")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version not in (0, _SCHEMA):
                 raise UsageError(

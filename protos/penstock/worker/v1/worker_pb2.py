@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&protos/penstock/worker/v1/worker.proto\x12\x12penstock.worker.v1\"\x97\x01\n\x06Prompt\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x11\n\tnamespace\x18\x03 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\x0c\x12\x0e\n\x06tenant\x18\x05 \x01(\x0c\x12.\n\x08priority\x18\x06 \x01(\x0e\x32\x1c.penstock.worker.v1.Priority\"\xa3\x01\n\x0ePrefillRequest\x12*\n\x06prompt\x18\x01 \x01(\x0b\x32\x1a.penstock.worker.v1.Prompt\x12\x12\n\nboundaries\x18\x02 \x03(\r\x12\x14\n\x0clease_ttl_ms\x18\x03 \x01(\r\x12\x19\n\x0cmost_wait_ms\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x0f\n\x07\x61ttempt\x18\x14 \x01(\rB\x0f\n\r_most_wait_ms\"\xb8\x01\n\x0cPrefillEvent\x12\x35\n\x07started\x18\x01 \x01(\x0b\x32\".penstock.worker.v1.PrefillStartedH\x00\x12\x37\n\x08progress\x18\x02 \x01(\x0b\x32#.penstock.worker.v1.PrefillProgressH\x00\x12/\n\x04\x64one\x18\x03 \x01(\x0b\x32\x1f.penstock.worker.v1.PrefillDoneH\x00\x42\x07\n\x05\x65vent\"\'\n\x0ePrefillStarted\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\"&\n\x0fPrefillProgress\x12\x13\n\x0btokens_done\x18\x01 \x01(\r\"i\n\x0bPrefillDone\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x02 \x01(\r\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\x12\x17\n\x0f\x62ytes_published\x18\x04 \x01(\x04\"\x83\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x05 \x01(\r\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12?\n\nlogit_bias\x18\x08 \x03(\x0b\x32+.penstock.worker.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"C\n\x07Grammar\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x19\n\x0cstarts_after\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_starts_after\"\xc2\x03\n\x0fGenerateRequest\x12*\n\x06prompt\x18\x01 \x01(\x0b\x32\x1a.penstock.worker.v1.Prompt\x12.\n\x08sampling\x18\x02 \x01(\x0b\x32\x1c.penstock.worker.v1.Sampling\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x12\n\nmin_tokens\x18\x04 \x01(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x10\n\x08\x65vidence\x18\x07 \x01(\x08\x12\x1a\n\x12prefill_timeout_ms\x18\x08 \x01(\r\x12\x14\n\x0clease_ttl_ms\x18\t \x01(\r\x12\x1c\n\x14\x61\x64mission_timeout_ms\x18\n \x01(\r\x12\x15\n\rlogits_digest\x18\x0b \x01(\x08\x12\x19\n\x0ctop_logprobs\x18\x0c \x01(\rH\x00\x88\x01\x01\x12,\n\x07grammar\x18\r \x01(\x0b\x32\x1b.penstock.worker.v1.Grammar\x12\x0f\n\x07\x61ttempt\x18\x14 \x01(\r\x12\x0f\n\x07\x65mitted\x18\x15 \x03(\r\x12\x14\n\x0ctell_emitted\x18\x16 \x01(\x08\x42\x0f\n\r_top_logprobs\"\xa8\x01\n\rGenerateEvent\x12.\n\x07granted\x18\x01 \x01(\x0b\x32\x1b.penstock.worker.v1.GrantedH\x00\x12,\n\x06tokens\x18\x02 \x01(\x0b\x32\x1a.penstock.worker.v1.TokensH\x00\x12\x30\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1c.penstock.worker.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"K\n\x07Granted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x16\n\x0ereserved_bytes\x18\x02 \x01(\x04\x12\x15\n\rneeds_prefill\x18\x03 \x01(\x08\"8\n\x0c\x45videnceSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\x0c\n\x04mass\x18\x03 \x01(\x02\"G\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"\xb9\x01\n\x06Tokens\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x32\n\x08\x65vidence\x18\x04 \x03(\x0b\x32 .penstock.worker.v1.EvidenceSpan\x12\x16\n\x0elogits_digests\x18\x05 \x03(\x0c\x12\x33\n\x08logprobs\x18\x06 \x03(\x0b\x32!.penstock.worker.v1.TokenLogprobs\"C\n\x08\x46inished\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t*g\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x12\n\x0ePRIORITY_BATCH\x10\x03\x32X\n\x07Prefill\x12M\n\x03Run\x12\".penstock.worker.v1.PrefillRequest\x1a .penstock.worker.v1.PrefillEvent0\x01\x32^\n\x06\x44\x65\x63ode\x12T\n\x08Generate\x12#.penstock.worker.v1.GenerateRequest\x1a!.penstock.worker.v1.GenerateEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&protos/penstock/worker/v1/worker.proto\x12\x12penstock.worker.v1\"\x97\x01\n\x06Prompt\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x11\n\tnamespace\x18\x03 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\x0c\x12\x0e\n\x06tenant\x18\x05 \x01(\x0c\x12.\n\x08priority\x18\x06 \x01(\x0e\x32\x1c.penstock.worker.v1.Priority\"\xa3\x01\n\x0ePrefillRequest\x12*\n\x06prompt\x18\x01 \x01(\x0b\x32\x1a.penstock.worker.v1.Prompt\x12\x12\n\nboundaries\x18\x02 \x03(\r\x12\x14\n\x0clease_ttl_ms\x18\x03 \x01(\r\x12\x19\n\x0cmost_wait_ms\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x0f\n\x07\x61ttempt\x18\x14 \x01(\rB\x0f\n\r_most_wait_ms\"\xb8\x01\n\x0cPrefillEvent\x12\x35\n\x07started\x18\x01 \x01(\x0b\x32\".penstock.worker.v1.PrefillStartedH\x00\x12\x37\n\x08progress\x18\x02 \x01(\x0b\x32#.penstock.worker.v1.PrefillProgressH\x00\x12/\n\x04\x64one\x18\x03 \x01(\x0b\x32\x1f.penstock.worker.v1.PrefillDoneH\x00\x42\x07\n\x05\x65vent\"\'\n\x0ePrefillStarted\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\"&\n\x0fPrefillProgress\x12\x13\n\x0btokens_done\x18\x01 \x01(\r\"i\n\x0bPrefillDone\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x02 \x01(\r\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\x12\x17\n\x0f\x62ytes_published\x18\x04 \x01(\x04\"\x83\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x05 \x01(\r\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12?\n\nlogit_bias\x18\x08 \x03(\x0b\x32+.penstock.worker.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"C\n\x07Grammar\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x19\n\x0cstarts_after\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_starts_after\"\xd6\x03\n\x0fGenerateRequest\x12*\n\x06prompt\x18\x01 \x01(\x0b\x32\x1a.penstock.worker.v1.Prompt\x12.\n\x08sampling\x18\x02 \x01(\x0b\x32\x1c.penstock.worker.v1.Sampling\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x12\n\nmin_tokens\x18\x04 \x01(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x10\n\x08\x65vidence\x18\x07 \x01(\x08\x12\x1a\n\x12prefill_timeout_ms\x18\x08 \x01(\r\x12\x14\n\x0clease_ttl_ms\x18\t \x01(\r\x12\x1c\n\x14\x61\x64mission_timeout_ms\x18\n \x01(\r\x12\x15\n\rlogits_digest\x18\x0b \x01(\x08\x12\x19\n\x0ctop_logprobs\x18\x0c \x01(\rH\x00\x88\x01\x01\x12,\n\x07grammar\x18\r \x01(\x0b\x32\x1b.penstock.worker.v1.Grammar\x12\x0f\n\x07\x61ttempt\x18\x14 \x01(\r\x12\x0f\n\x07\x65mitted\x18\x15 \x03(\r\x12\x14\n\x0ctell_emitted\x18\x16 \x01(\x08\x12\x12\n\none_by_one\x18\x17 \x01(\x08\x42\x0f\n\r_top_logprobs\"\xa8\x01\n\rGenerateEvent\x12.\n\x07granted\x18\x01 \x01(\x0b\x32\x1b.penstock.worker.v1.GrantedH\x00\x12,\n\x06tokens\x18\x02 \x01(\x0b\x32\x1a.penstock.worker.v1.TokensH\x00\x12\x30\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1c.penstock.worker.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"K\n\x07Granted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x16\n\x0ereserved_bytes\x18\x02 \x01(\x04\x12\x15\n\rneeds_prefill\x18\x03 \x01(\x08\"8\n\x0c\x45videnceSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\x0c\n\x04mass\x18\x03 \x01(\x02\"G\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"\xb9\x01\n\x06Tokens\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x32\n\x08\x65vidence\x18\x04 \x03(\x0b\x32 .penstock.worker.v1.EvidenceSpan\x12\x16\n\x0elogits_digests\x18\x05 \x03(\x0c\x12\x33\n\x08logprobs\x18\x06 \x03(\x0b\x32!.penstock.worker.v1.TokenLogprobs\"C\n\x08\x46inished\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t*g\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x12\n\x0ePRIORITY_BATCH\x10\x03\x32X\n\x07Prefill\x12M\n\x03Run\x12\".penstock.worker.v1.PrefillRequest\x1a .penstock.worker.v1.PrefillEvent0\x01\x32^\n\x06\x44\x65\x63ode\x12T\n\x08Generate\x12#.penstock.worker.v1.GenerateRequest\x1a!.penstock.worker.v1.GenerateEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_PRIORITY']._serialized_start=2177
-  _globals['_PRIORITY']._serialized_end=2280
+  _globals['_PRIORITY']._serialized_start=2197
+  _globals['_PRIORITY']._serialized_end=2300
   _globals['_PROMPT']._serialized_start=63
   _globals['_PROMPT']._serialized_end=214
   _globals['_PREFILLREQUEST']._serialized_start=217
@@ -54,21 +54,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GRAMMAR']._serialized_start=1019
   _globals['_GRAMMAR']._serialized_end=1086
   _globals['_GENERATEREQUEST']._serialized_start=1089
-  _globals['_GENERATEREQUEST']._serialized_end=1539
-  _globals['_GENERATEEVENT']._serialized_start=1542
-  _globals['_GENERATEEVENT']._serialized_end=1710
-  _globals['_GRANTED']._serialized_start=1712
-  _globals['_GRANTED']._serialized_end=1787
-  _globals['_EVIDENCESPAN']._serialized_start=1789
-  _globals['_EVIDENCESPAN']._serialized_end=1845
-  _globals['_TOKENLOGPROBS']._serialized_start=1847
-  _globals['_TOKENLOGPROBS']._serialized_end=1918
-  _globals['_TOKENS']._serialized_start=1921
-  _globals['_TOKENS']._serialized_end=2106
-  _globals['_FINISHED']._serialized_start=2108
-  _globals['_FINISHED']._serialized_end=2175
-  _globals['_PREFILL']._serialized_start=2282
-  _globals['_PREFILL']._serialized_end=2370
-  _globals['_DECODE']._serialized_start=2372
-  _globals['_DECODE']._serialized_end=2466
+  _globals['_GENERATEREQUEST']._serialized_end=1559
+  _globals['_GENERATEEVENT']._serialized_start=1562
+  _globals['_GENERATEEVENT']._serialized_end=1730
+  _globals['_GRANTED']._serialized_start=1732
+  _globals['_GRANTED']._serialized_end=1807
+  _globals['_EVIDENCESPAN']._serialized_start=1809
+  _globals['_EVIDENCESPAN']._serialized_end=1865
+  _globals['_TOKENLOGPROBS']._serialized_start=1867
+  _globals['_TOKENLOGPROBS']._serialized_end=1938
+  _globals['_TOKENS']._serialized_start=1941
+  _globals['_TOKENS']._serialized_end=2126
+  _globals['_FINISHED']._serialized_start=2128
+  _globals['_FINISHED']._serialized_end=2195
+  _globals['_PREFILL']._serialized_start=2302
+  _globals['_PREFILL']._serialized_end=2390
+  _globals['_DECODE']._serialized_start=2392
+  _globals['_DECODE']._serialized_end=2486
 # @@protoc_insertion_point(module_scope)

@@ -329,6 +329,7 @@ class GenerateRequest(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     EMITTED_FIELD_NUMBER: _builtins.int
     TELL_EMITTED_FIELD_NUMBER: _builtins.int
+    ONE_BY_ONE_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     min_tokens: _builtins.int
     ignore_eos: _builtins.bool
@@ -346,6 +347,8 @@ class GenerateRequest(_message.Message):
     """Which try of the request this is, from 0. A worker that still runs an earlier one ends it: one writer a stream."""
     tell_emitted: _builtins.bool
     """Send their texts first, token by token, without evidence, digests and log probabilities."""
+    one_by_one: _builtins.bool
+    """Send each token in an event of its own."""
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
@@ -377,10 +380,11 @@ class GenerateRequest(_message.Message):
         attempt: _builtins.int = ...,
         emitted: _abc.Iterable[_builtins.int] | None = ...,
         tell_emitted: _builtins.bool = ...,
+        one_by_one: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "grammar", b"grammar", "prompt", b"prompt", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "admission_timeout_ms", b"admission_timeout_ms", "attempt", b"attempt", "emitted", b"emitted", "evidence", b"evidence", "grammar", b"grammar", "ignore_eos", b"ignore_eos", "lease_ttl_ms", b"lease_ttl_ms", "logits_digest", b"logits_digest", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "prefill_timeout_ms", b"prefill_timeout_ms", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "tell_emitted", b"tell_emitted", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "admission_timeout_ms", b"admission_timeout_ms", "attempt", b"attempt", "emitted", b"emitted", "evidence", b"evidence", "grammar", b"grammar", "ignore_eos", b"ignore_eos", "lease_ttl_ms", b"lease_ttl_ms", "logits_digest", b"logits_digest", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "one_by_one", b"one_by_one", "prefill_timeout_ms", b"prefill_timeout_ms", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "tell_emitted", b"tell_emitted", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__top_logprobs: _TypeAlias = _typing.Literal["top_logprobs"]  # noqa: Y015
     _WhichOneofArgType__top_logprobs: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs"]  # noqa: Y015
