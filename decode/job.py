@@ -138,6 +138,7 @@ class AnswerRunner:
                 await listener.tokens(0, emitted)
             index = len(emitted)
             if is_over:
+                held.is_over = True
                 await listener.finished(emitted[-1].reason or "", index, output.close())
                 return
             with trace.span("attach", prompt_tokens=order.prompt_tokens):
@@ -153,6 +154,8 @@ class AnswerRunner:
                 await held.flush()
             facts = {"answer_id": order.request_id, "tokens": index, "reason": stream.reason}
             _log.info("answer written", extra={"facts": facts})
+            # Whoever hears of it may hang up before we hear of that.
+            held.is_over = True
             await listener.finished(stream.reason or "", index, stream.output.close())
 
     async def settle(self) -> None:
@@ -202,14 +205,15 @@ class AnswerRunner:
         """An open sequence and what grows on it; all of it is given back at the end."""
         held = _Held(self, order, tokens)
         self.open_sequences += 1
-        # The request is over with the answer's last token; else another worker may go on from what
-        # this one leaves behind.
-        owners, hand_back_s = [order.owner, order.attached_as], ownership.HAND_BACK_S
         try:
             await held.sequence.open()
             yield held
-            owners, hand_back_s = [order.request_id], 0.0
         finally:
+            # The request is over with the answer's last token; else another worker may go on from
+            # what this one leaves behind.
+            owners, hand_back_s = [order.owner, order.attached_as], ownership.HAND_BACK_S
+            if held.is_over:
+                owners, hand_back_s = [order.request_id], 0.0
             # Memory counts as used until it is free, even if this task is cancelled once more.
             await asyncio.shield(self._apart(self._clean_up(held, owners, hand_back_s)))
 
@@ -246,6 +250,8 @@ class _Held:
         self.sequence = HeldSequence(runner.engine, runner.batch, capacity=tokens)
         self._tokens = tokens
         self.text = runner.decode_bytes
+        self.is_over = False
+        """Has the answer been told to its end?"""
         self._runner = runner
         self._stream: Stream | None = None
         self._publisher: OutputPublisher | None = None
