@@ -215,6 +215,9 @@ INSIDE = (
     Limit("decisions that a front remembers", "cluster.routing.told:MOST_DECISIONS",
           "the oldest is forgotten",
           _PASSAGE + "test_decisions_are_bounded_private_and_survive_json"),
+    Limit("blocks and states that a front knows of", "cluster.routing.learnt:MOST_LEARNT_OBJECTS",
+          "the older half is forgotten",
+          _PASSAGE + "test_what_was_learnt_is_bounded_and_the_oldest_goes_first"),
     Limit("blocks whose workers `block-overlap` remembers",
           "cluster.routing.routed:MOST_SEEN_BLOCKS", "the longest unseen is forgotten",
           "tests/cluster/routing/test_mirror.py::"

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import grpc
@@ -30,7 +30,8 @@ from cluster.policy import (
 from cluster.routing.board import Board, most_of, others_of
 from cluster.routing.choice import open_policy
 from cluster.routing.fit import coefficients_of
-from cluster.routing.passage import Books, Passage
+from cluster.routing.learnt import Learnt
+from cluster.routing.passage import Books, Passage, Prompt
 from cluster.routing.routed import WORTH_WAITING_TOKENS, InFlight, Seen
 from cluster.routing.told import Decisions, Told
 from penstock.errors import StoreUnavailableError
@@ -71,7 +72,7 @@ class Router:
         self._workers: tuple[WorkerView, ...] = ()
         self._fetched_at = float("-inf")
         self._policy = open_policy(policy)
-        self._books = Books(Board(), InFlight(), {}, time.monotonic)
+        self._books = Books(Board(), InFlight(), {}, Learnt(), time.monotonic)
         # Nothing else looks at it, and it is as large as what was routed lately.
         self._seen = Seen() if policy is RoutingPolicy.BLOCK_OVERLAP else None
         self._decisions = Decisions()
@@ -100,7 +101,12 @@ class Router:
             self._seen.note(worker_id, ids.blocks)
         if ids is not None and new_tokens >= WORTH_WAITING_TOKENS:
             reading = self._books.flying.begin(worker_id, ids.blocks)
-        return Passage(self._books, decision.route, decision.shape, decision.resident, reading)
+        prompt = None
+        if ids is not None and ids.fingerprint == decision.route.prefill.fingerprint:
+            prompt = Prompt(ids.chain, request.boundaries)
+        return Passage(
+            self._books, decision.route, decision.shape, decision.resident, reading, prompt
+        )
 
     async def decide(self, request: Request, *, avoid: frozenset[str] = NOBODY) -> Decision:
         """As `route`, and nothing is charged."""
@@ -150,7 +156,8 @@ class Router:
     def _resident(self, ids: _Ids) -> Resident:
         near = self._books.flying.near(ids.blocks)
         seen = {} if self._seen is None else self._seen.seen(ids.blocks)
-        return Resident(near=near, seen=seen, fingerprint=ids.fingerprint)
+        known = self._books.learnt.resident(ids.chain)
+        return replace(known, near=near, seen=seen, fingerprint=ids.fingerprint)
 
     async def close(self) -> None:
         if self._refresher is not None:

@@ -93,7 +93,7 @@ def _show(told: Told) -> None:
     console.print(
         f"{told.request_id}: {facts['prompt_tokens']:,.0f} prompt tokens, of which "
         f"{facts['resumable_tokens']:,.0f} can be resumed "
-        f"({'no picture of the store' if age < 0 else f'picture {age:.1f} s old'}), "
+        f"({'as far as this front has seen' if age < 0 else f'picture {age:.1f} s old'}), "
         f"up to {facts['max_tokens']:,.0f} to draw",
         highlight=False,
     )

@@ -199,7 +199,7 @@ class Relay:
                             if not emitted:
                                 cached, took_s = progress.cached_tokens, progress.compute_s
                                 footing.passage.computed(cached, took_s)
-                            return
+                            continue
                         if self.cached_tokens is None:
                             self.cached_tokens = progress.cached_tokens
                         if done and not restored:

@@ -1,7 +1,8 @@
 """`Passage`: one request's way over its two workers, as its front sees it pass.
 
 It keeps the charges, the note that its prompt is being read, and what its events tell about the
-workers' speed. No I/O; `clock` is the caller's, monotonic, in seconds.
+workers' speed and about what the store holds. No I/O; `clock` is the caller's, monotonic, in
+seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from cluster.policy import NOTHING, Resident, Route, Shape
 from cluster.routing.board import Board
 from cluster.routing.charge import Charged
 from cluster.routing.fit import NEW, Fit
+from cluster.routing.learnt import Learnt
 from cluster.routing.routed import InFlight, Reading
+from penstock.identity import Chain
 
 _LEAST_FETCH_BYTES = 1 << 20
 """Less says more about round trips than about bytes a second."""
@@ -30,7 +33,16 @@ class Books:
     flying: InFlight
     fits: dict[str, Fit]
     """By worker id."""
+    learnt: Learnt
     clock: Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is remembered of a prompt while it passes."""
+
+    chain: Chain
+    boundaries: tuple[int, ...] = ()
 
 
 class Passage:
@@ -43,8 +55,11 @@ class Passage:
         shape: Shape,
         resident: Resident = NOTHING,
         reading: Reading | None = None,
+        prompt: Prompt | None = None,
     ) -> None:
         self.route = route
+        self._prompt = prompt
+        self._expected = resident.resumable_tokens
         self._books, self._reading = books, reading
         self._prefill, self._decode = route.prefill, route.decode
         self._prompt_tokens = shape.prompt_tokens
@@ -66,6 +81,10 @@ class Passage:
         """Progress of the prompt."""
         if not self._started and self._granted_at is not None:
             self._started = True
+            if self._prompt is not None:
+                self._books.learnt.restored(
+                    self._prompt.chain, expected=self._expected, actual=cached_tokens
+                )
             size_bytes = int(cached_tokens * self._prefill.bytes_per_token)
             if size_bytes >= _LEAST_FETCH_BYTES and not self._before:
                 seconds = self._books.clock() - self._granted_at
@@ -75,6 +94,9 @@ class Passage:
     def computed(self, cached_tokens: int, seconds: float) -> None:
         """The prompt has been read; its own steps took so long."""
         end = self._prompt_tokens
+        if self._prompt is not None:
+            chain, boundaries = self._prompt.chain, self._prompt.boundaries
+            self._books.learnt.read(chain, boundaries, self._prefill.bytes_per_token)
         self._learn(self._prefill, lambda fit: fit.read(cached_tokens, end, seconds))
         self._landed()
 

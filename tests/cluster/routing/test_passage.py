@@ -10,10 +10,12 @@ from cluster.policy import DECODE, NOTHING, PREFILL, Resident, Shape
 from cluster.routing.board import Board
 from cluster.routing.cost import CostPolicy
 from cluster.routing.fit import Fit
-from cluster.routing.passage import Books, Passage
+from cluster.routing.learnt import Learnt
+from cluster.routing.passage import Books, Passage, Prompt
 from cluster.routing.routed import InFlight
 from cluster.routing.told import Decisions, Told
 from penstock.errors import UsageError
+from penstock.identity import Chain
 from tests.cluster.routing.pools import worker
 
 BLOCKS = (b"a" * 32, b"b" * 32)
@@ -30,12 +32,17 @@ class Road:
         )
         self.fits: dict[str, Fit] = {}
         self.flying = InFlight()
-        self.books = Books(self.board, self.flying, self.fits, lambda: self.now)
+        self.books = Books(self.board, self.flying, self.fits, Learnt(), lambda: self.now)
 
-    def enter(self, tokens: int = 10_000, resident: Resident = NOTHING) -> Passage:
+    def enter(
+        self,
+        tokens: int = 10_000,
+        resident: Resident = NOTHING,
+        prompt: Prompt | None = None,
+    ) -> Passage:
         decision = CostPolicy().choose(self.board, Shape(tokens, 100), resident)
         reading = self.flying.begin("p0", BLOCKS)
-        return Passage(self.books, decision.route, decision.shape, resident, reading)
+        return Passage(self.books, decision.route, decision.shape, resident, reading, prompt)
 
 
 def test_a_whole_request_teaches_compute_fetch_step_and_stay() -> None:
@@ -72,6 +79,35 @@ def test_a_fetch_behind_others_or_of_few_bytes_is_not_timed() -> None:
     second.read(9_000, 9_000)
     first.read(10, 10)
     assert road.fits == {}
+
+
+def test_a_prompt_that_was_read_is_expected_and_one_that_restored_less_corrects_it() -> None:
+    road = Road()
+    chain = Chain.start(b"f" * 32, b"n" * 32).extend(range(10_000))
+    first = road.enter(prompt=Prompt(chain))
+    first.granted()
+    first.read(0, 0)
+    first.computed(0, 1.0)
+    known = road.books.learnt.resident(chain)
+    # The last multiple of 128 in the prompt, where prefill keeps a state.
+    assert known.resumable_tokens == 9_984
+    assert known.fetch_bytes == 39 * 256 * 1000 + 1_024_000
+    branch = Chain.start(b"f" * 32, b"n" * 32).extend([*range(9_000), *range(5_000)])
+    assert road.books.learnt.resident(branch).resumable_tokens == 35 * 256
+    second = road.enter(resident=known, prompt=Prompt(chain))
+    second.granted()
+    second.read(8_192, 8_192)
+    assert road.books.learnt.resident(chain).resumable_tokens == 8_192
+
+
+def test_what_was_learnt_is_bounded_and_the_oldest_goes_first() -> None:
+    learnt, start = Learnt(most_objects=100), Chain.start(b"f" * 32, b"n" * 32)
+    chains = [start.extend([number] * 2_560) for number in range(30)]
+    for chain in chains:
+        learnt.read(chain, (), 1.0)
+        assert len(learnt) <= 100
+    assert learnt.resident(chains[-1]).resumable_tokens == 2_560
+    assert learnt.resident(chains[0]) == NOTHING
 
 
 events = st.lists(st.sampled_from(["granted", "read", "computed", "drew", "close"]), max_size=12)
