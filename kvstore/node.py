@@ -132,6 +132,9 @@ class StoreNode:
         if self._disk is not None:
             held = list(map(operator.or_, held, self._disk.lease(owner, ids, ttl_s)))
         if self._objects is not None:
+            elsewhere = [id_ for id_, here in zip(ids, held, strict=True) if not here]
+            if ttl_s > 0 and elsewhere:
+                self._objects.expect(elsewhere)
             held = list(map(operator.or_, held, self._objects.lease(owner, ids, ttl_s)))
         self._let_go()
         return held

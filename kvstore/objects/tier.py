@@ -19,6 +19,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from kvstore.catalog import Catalog, Entry
@@ -79,6 +80,12 @@ class ObjectTier:
         self._queued_bytes = 0
         self._queue_bytes = queue_bytes
         self._slots = asyncio.Semaphore(readers)
+        self._readers = readers
+        self._next: OrderedDict[bytes, bytes] = OrderedDict()
+        """What a request reads after an object."""
+        self._ahead: OrderedDict[bytes, asyncio.Task[tuple[Entry, memoryview] | None]]
+        self._ahead = OrderedDict()
+        self._reads: set[asyncio.Task[tuple[Entry, memoryview] | None]] = set()
         self._read_s = read_s
         self._list_s = list_s
         self._uses: OrderedDict[bytes, tuple[int, str]] = OrderedDict()
@@ -102,9 +109,10 @@ class ObjectTier:
 
     async def close(self) -> None:
         """What is still queued is given up: it is in memory or on disk, or will be made again."""
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._reads]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def figures(self) -> dict[str, Any]:
         """For `StoreStat`: fields named `object_*`."""
@@ -122,6 +130,17 @@ class ObjectTier:
 
     def has(self, ids: Sequence[bytes]) -> list[bool]:
         return [False] * len(ids) if self.is_resting else self.catalog.has(ids)
+
+    def expect(self, ids: Sequence[bytes]) -> None:
+        """A request is about to read these, in this order, as far as they are here: while one is
+        sent the next ones come.
+        """
+        here = [] if self.is_resting else [id_ for id_ in ids if self.catalog.entry(id_)]
+        for id_, following in pairwise(here):
+            self._next[id_] = following
+            self._next.move_to_end(id_)
+        while len(self._next) > _MOST_COUNTED:
+            self._next.popitem(last=False)
 
     def lease(self, owner: str, ids: Sequence[bytes], ttl_s: float) -> list[bool]:
         held = self.catalog.lease(owner, ids, ttl_s)
@@ -154,6 +173,33 @@ class ObjectTier:
 
     async def read(self, id_: bytes) -> tuple[Entry, memoryview] | None:
         """The object, verified; None if it is not there, is damaged, or does not come in time."""
+        reading = self._ahead.pop(id_, None)
+        if reading is None or (reading.done() and reading.result() is None):
+            # What could not be had a while ago may be there again.
+            reading = self._begin(id_)
+        self._read_ahead(id_)
+        # A reader that goes away must not take it from another one.
+        return await asyncio.shield(reading)
+
+    def _begin(self, id_: bytes) -> asyncio.Task[tuple[Entry, memoryview] | None]:
+        task = asyncio.create_task(self._read(id_))
+        self._reads.add(task)
+        task.add_done_callback(self._reads.discard)
+        return task
+
+    def _read_ahead(self, id_: bytes) -> None:
+        """Begin the reads of those that were said to follow. The oldest of too many is given up."""
+        for _ in range(self._readers - 1):
+            following = self._next.get(id_)
+            if following is None or self.is_resting:
+                return
+            id_ = following
+            if id_ not in self._ahead and self.catalog.entry(id_) is not None:
+                self._ahead[id_] = self._begin(id_)
+        while len(self._ahead) > 2 * self._readers:
+            self._ahead.popitem(last=False)
+
+    async def _read(self, id_: bytes) -> tuple[Entry, memoryview] | None:
         known = self.catalog.open_read(id_)
         if known is None or self.is_resting:
             if known is not None:

@@ -284,6 +284,37 @@ async def test_a_slow_bucket_costs_one_deadline_and_rests() -> None:
     await tier.close()
 
 
+async def test_what_a_request_reads_next_is_on_its_way() -> None:
+    bucket = Faulty(hang_s=0.05)
+    tier = tier_on(bucket, read_s=5.0)
+    tier.start()
+    items = [stored(number, 300) for number in range(16)]
+    for item in items:
+        tier.wanted(item, owner="w")
+    ids = [item.id for item in items]
+    await eventually(lambda: all(tier.has(ids)))
+    for expected in (False, True):
+        bucket.plan = ["hang"] * 200
+        if expected:
+            tier.expect([b"not here" * 4, *ids])
+        begun = time.monotonic()
+        got = [await tier.read(id_) for id_ in ids]
+        took = time.monotonic() - begun
+        assert [bytes(found[1]) for found in got if found] == [bytes(item.data) for item in items]
+        if not expected:
+            alone = took
+    print(f"16 objects of a bucket of 50 ms: {took:.2f} s, one by one {alone:.2f} s")
+    assert took < 0.6 * alone
+    # One that was read ahead in vain is asked for again.
+    bucket.plan = ["none"]
+    tier.expect(ids[:2])
+    bucket.plan = ["none", "fail", "none"]
+    assert await tier.read(ids[0]) is not None
+    await asyncio.sleep(0.1)
+    assert await tier.read(ids[1]) is not None
+    await tier.close()
+
+
 async def test_damaged_objects_are_quarantined_and_deleted() -> None:
     bucket = Faulty()
     tier = tier_on(bucket)
