@@ -88,6 +88,9 @@ def traffic(c: Cluster) -> None:
     """Something of everything: hits, misses, equal prompts at once, a queue, drafts, evidence,
     refusals, a stream, a client that hangs up.
     """
+    c.complete(prompt(3, 2600), max_tokens=1)
+    fork = [*prompt(3, 300), *prompt(4, 100)]
+    assert c.complete(fork, max_tokens=1).cached_tokens == 256 - 128, "replayed"
     first = c.complete(prompt(1, 900), max_tokens=300, ignore_eos=True)
     again = [*prompt(1, 900), *first.token_ids, 7]
     assert c.complete(again, max_tokens=8, ignore_eos=True, evidence=True).cached_tokens > 900
@@ -95,9 +98,6 @@ def traffic(c: Cluster) -> None:
         # Equal ones by themselves: a third would take the place in which the second computes too.
         list(pool.map(lambda _: c.complete(prompt(2, 1500), max_tokens=8), range(2)))
         list(pool.map(lambda n: c.complete(prompt(n, 600), max_tokens=8), range(20, 25)))
-    c.complete(prompt(3, 4000), max_tokens=1)
-    fork = [*prompt(3, 1100), *prompt(4, 100)]
-    assert c.complete(fork, max_tokens=1).cached_tokens == 1024 - 128, "replayed"
     body = {"model": "fake", "prompt": prompt(5, 4000), "max_tokens": 500, "ignore_eos": True}
     with c.client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
         next(answer.iter_raw())
