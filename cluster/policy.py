@@ -161,14 +161,6 @@ class PromptIds(Protocol):
     def state_id(self, position: int) -> bytes: ...
 
 
-class Residency(Protocol):
-    """What the store nodes hold, as far as this process knows. No I/O: a wrong answer costs time,
-    never a wrong token.
-    """
-
-    def resident(self, prompt: PromptIds) -> Resident: ...
-
-
 @dataclass(frozen=True)
 class Route:
     """A prefill and a decode worker of one fingerprint."""

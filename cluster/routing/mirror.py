@@ -34,7 +34,7 @@ class Came:
 
 
 class Mirror:
-    """`cluster.policy.Residency`. `most_objects` bounds its memory."""
+    """`most_objects` bounds its memory."""
 
     def __init__(self, *, most_objects: int = MOST_OBJECTS) -> None:
         self._most = most_objects

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from cluster.contracts import WorkerView
-from cluster.policy import DECODE, PREFILL, Coefficients, Policy, RoutingPolicy
+from cluster.policy import DECODE, PREFILL, Coefficients, RoutingPolicy
 from cluster.routing.choice import open_policy
 
 POLICIES = {name: open_policy(name) for name in RoutingPolicy}
@@ -70,7 +70,3 @@ coefficients = st.builds(
 )
 
 every_policy = st.sampled_from(list(POLICIES.values()))
-
-
-def named(policy: Policy) -> str:
-    return type(policy).__name__
