@@ -60,7 +60,9 @@ class Ground:
             await standing.leave()
 
     async def _first(self, request: Request) -> Passage:
-        """Waits for workers only if there have been some: then they are on their way back."""
+        """Waits for workers only if there have been some, or are some of the other role: then they
+        are on their way back.
+        """
         patience = Patience(self.window_s)
         while True:
             workers = await self.router.workers(fresh=bool(patience.failures))
@@ -68,7 +70,7 @@ class Ground:
             try:
                 passage = await self.router.route(request, avoid=avoid)
             except WorkerUnavailableError as error:
-                if not self.has_served:
+                if not (self.has_served or workers):
                     raise
                 await asyncio.sleep(patience.failed(error, time.monotonic()))
                 continue
