@@ -224,6 +224,27 @@ def test_a_drawn_model_s_replay_is_exact(
         a_replay_is_exact_and_leaves_the_blocks_alone(lambda: engine)
 
 
+def test_a_replay_a_window_a_layer_is_enough_and_two_layers_less_is_not() -> None:
+    """The bound is no habit: what is cut off it shows in the state."""
+    changes = {"ratios": [4, 128, 4, 0], "sliding_window": 128}
+    with engine_of(changes, 5, "fp32", "float32") as engine:
+        count = engine.info.replay_tokens
+        assert count == 4 * 128
+        end, tokens = 1024, [(7 * i * i + i) % 128 for i in range(1024)]
+        whole = engine.open(end)
+        engine.forward([Segment(whole, tokens)])
+        same = {}
+        for replayed in (count, count - 256):
+            sequence = engine.open(end)
+            for index in range(end // BLOCK_TOKENS):
+                engine.load_block(sequence, index, engine.export_block(whole, index))
+            # Past the engine's own check, which refuses a replay that is too short.
+            sequence.replay(end - replayed)
+            engine.forward([Segment(sequence, tokens[end - replayed :])])
+            same[replayed] = engine.export_state(sequence) == engine.export_state(whole)
+    assert same == {count: True, count - 256: False}
+
+
 @pytest.mark.parametrize("draft", ["mtp", "dspark"])
 def test_a_replay_restores_the_draft_module_too(draft: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, draft=draft)
