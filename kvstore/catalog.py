@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from kvstore.leases import LeaseTable
 from kvstore.owners import Owners
+from kvstore.pledges import Pledges
 from kvstore.policy.contracts import EvictionPolicy, Resident
 from penstock.blocks import ObjectKind
 from penstock.errors import InvalidRequestError, OverloadedError
@@ -92,6 +93,7 @@ class Catalog:
         self._slots: dict[str, bytes] = {}
         self._slot_owners = Owners()
         self._reservations: set[Reservation] = set()
+        self._pledges = Pledges()
         self._used_bytes = 0
         self._reserved_bytes = 0
         self._readers = 0
@@ -103,7 +105,7 @@ class Catalog:
         self._expire()
         return Usage(
             used_bytes=self._used_bytes,
-            reserved_bytes=self._reserved_bytes,
+            reserved_bytes=self._reserved_bytes + self._pledges.total_bytes(self._clock()),
             objects=len(self._entries),
             leases=len(self._leases),
             lease_owners=self._leases.owners,
@@ -133,8 +135,30 @@ class Catalog:
 
     # Writing
 
-    def reserve(self, id_: bytes, kind: ObjectKind, size_bytes: int) -> Reservation:
-        """Set bytes aside, evicting if need be.
+    def pledge(self, owner: str, size_bytes: int, ttl_s: float) -> None:
+        """Set bytes aside for what `owner` will put, instead of what was pledged to it before.
+
+        Raises OverloadedError (reason `store_full`) if they are leased, read, being written or
+        pledged to others; then nothing has changed.
+        """
+        self._expire()
+        now_s = self._clock()
+        others = self._pledges.total_bytes(now_s, but=owner)
+        held = self._used_bytes + self._reserved_bytes - self._policy.idle_bytes
+        room = self.limits.capacity_bytes - held - others
+        if size_bytes > room:
+            raise OverloadedError(
+                f"the store has no room for {size_bytes} bytes more: of its "
+                f"{self.limits.capacity_bytes} are {held} leased, read or being written and "
+                f"{others} set aside for others",
+                reason="store_full",
+            )
+        self._pledges.take(owner, size_bytes, now_s + min(ttl_s, self.limits.max_lease_ttl_s))
+
+    def reserve(
+        self, id_: bytes, kind: ObjectKind, size_bytes: int, *, owner: str = ""
+    ) -> Reservation:
+        """Set bytes aside, evicting if need be. What is pledged to `owner` is there for it.
 
         Raises InvalidRequestError if no emptier store could take it, OverloadedError if every other
         byte is leased, read or being written; then nothing has been evicted.
@@ -145,7 +169,7 @@ class Catalog:
                 f"an object of {size_bytes} bytes is refused: this store takes 1 to {largest}"
             )
         self._expire()
-        self._make_room(size_bytes)
+        self._make_room(size_bytes, owner)
         reservation = Reservation(id_, kind, size_bytes)
         self._reservations.add(reservation)
         self._reserved_bytes += size_bytes
@@ -195,6 +219,7 @@ class Catalog:
         self._made_room.pop(entry.id, None)
         self._policy.insert(Resident(entry.id, parent, entry.kind, entry.size_bytes, position))
         self._used_bytes += entry.size_bytes
+        self._pledges.spend(owner, entry.size_bytes)
         self._hold(entry, owner=owner, ttl_s=ttl_s)
         if rolling:
             self._move_slot(owner, entry)
@@ -319,6 +344,7 @@ class Catalog:
         (`kvstore.owners`). Number of leases dropped.
         """
         self._expire()
+        self._pledges.drop(owner)
         ids = self._leases.drop_owner(owner)
         # Two owners of one family may have held the same object.
         for id_ in dict.fromkeys(ids):
@@ -380,8 +406,17 @@ class Catalog:
         else:
             self._policy.free(entry.id)
 
-    def _make_room(self, size_bytes: int) -> None:
+    def _make_room(self, size_bytes: int, owner: str = "") -> None:
         held = self._used_bytes + self._reserved_bytes
+        pledged = self._pledges.total_bytes(self._clock(), but=owner)
+        kept = held - self._policy.idle_bytes
+        if pledged and kept + pledged + size_bytes > self.limits.capacity_bytes:
+            raise OverloadedError(
+                f"the store is full: {kept} of its {self.limits.capacity_bytes} bytes are leased, "
+                f"read or being written, {pledged} are set aside for others, and {size_bytes} "
+                "more do not fit",
+                reason="store_full",
+            )
         need_bytes = held + size_bytes - self.limits.capacity_bytes
         count = len(self._entries) + len(self._reservations)
         need_objects = count + 1 - self.limits.max_objects

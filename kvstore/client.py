@@ -146,6 +146,12 @@ class StoreClient:
             held += self._calls.flags(response.held, some)
         return held
 
+    async def pledge(self, owner: str, size_bytes: int, *, ttl_s: float) -> None:
+        request = kv_pb2.LeaseRequest(
+            owner=owner, ttl_ms=milliseconds(ttl_s), room_bytes=size_bytes
+        )
+        await self._calls.call("Lease", request, kv_pb2.LeaseResponse)
+
     async def release(self, owner: str) -> None:
         await self._calls.call(
             "Release", kv_pb2.ReleaseRequest(owner=owner), kv_pb2.ReleaseResponse

@@ -145,6 +145,13 @@ class BlockStore(Protocol):
     async def lease(self, ids: Sequence[bytes], *, owner: str, ttl_s: float) -> list[bool]:
         """Take or renew leases; False for ids that are not there."""
 
+    async def pledge(self, owner: str, size_bytes: int, *, ttl_s: float) -> None:
+        """Set bytes aside for what `owner` will put, until it has put as many, is released, or the
+        time is over; again to renew or to change it.
+
+        Raises OverloadedError (reason `store_full`) if they are not there.
+        """
+
     async def release(self, owner: str) -> None:
         """Drop the owner's leases and rolling objects. Idempotent."""
 

@@ -96,6 +96,10 @@ class MemoryBlockStore:
         await self._enter()
         return self.node.lease(ids, owner=owner, ttl_s=ttl_s)
 
+    async def pledge(self, owner: str, size_bytes: int, *, ttl_s: float) -> None:
+        await self._enter()
+        self.node.pledge(owner, size_bytes, ttl_s=ttl_s)
+
     async def release(self, owner: str) -> None:
         await self._enter()
         self.node.release(owner)

@@ -139,6 +139,11 @@ class StoreNode:
         self._let_go()
         return held
 
+    def pledge(self, owner: str, size_bytes: int, *, ttl_s: float) -> None:
+        """Set bytes of the memory aside for what `owner` will put (`Catalog.pledge`)."""
+        check_owner(owner, needed=True)
+        self._catalog.pledge(owner, size_bytes, ttl_s)
+
     def release(self, owner: str) -> int:
         """Leases dropped; an object in both tiers counts once for each."""
         check_owner(owner, needed=True)
@@ -162,7 +167,7 @@ class StoreNode:
             return None
         if self._catalog.usage().reservations >= self.config.max_open_puts:
             raise OverloadedError(f"{self.config.max_open_puts} objects are being written already")
-        reservation = self._catalog.reserve(id_, object_kind_, size_bytes)
+        reservation = self._catalog.reserve(id_, object_kind_, size_bytes, owner=owner)
         self._let_go()
         return OpenPut(self, reservation, owner=owner, ttl_s=ttl_s, rolling=rolling)
 

@@ -78,7 +78,10 @@ class KvStoreService:
 
     async def _lease(self, request: kv_pb2.LeaseRequest) -> kv_pb2.LeaseResponse:
         check_owner(request.owner, needed=True)
-        held = self._node.lease(request.ids, owner=request.owner, ttl_s=request.ttl_ms / 1000)
+        ttl_s = request.ttl_ms / 1000
+        if request.HasField("room_bytes"):
+            self._node.pledge(request.owner, request.room_bytes, ttl_s=ttl_s)
+        held = self._node.lease(request.ids, owner=request.owner, ttl_s=ttl_s)
         return kv_pb2.LeaseResponse(held=bytes(held))
 
     async def _release(self, request: kv_pb2.ReleaseRequest) -> kv_pb2.ReleaseResponse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from kvstore.contracts import BlockStore
 from model.engine import Engine
 from penstock import ownership
+from penstock.blocks import BLOCK_TOKENS
 from penstock.errors import OverloadedError, PenstockError, StoreUnavailableError
 from penstock.identity import Chain
 from penstock.request import Priority
@@ -27,6 +29,8 @@ from prefill.scheduler import PromptScheduler, Ticket, Wish
 from prefill.sequence import ModelThread, PromptSequence
 from prefill.steps import Reading, Steps
 
+_HEAD_BYTES = 512
+"""About what an object's header adds to its payload in the store."""
 _log = logging.getLogger(__name__)
 
 
@@ -192,7 +196,42 @@ class PromptRunner:
                 boundaries=(*prompt.boundaries, *restorer.forks(position)),
             )
             visit.lead.reads(plan)
-            return await self._read(visit, sequence, plan, publisher)
+            async with self._room(visit, position):
+                return await self._read(visit, sequence, plan, publisher)
+
+    @asynccontextmanager
+    async def _room(self, visit: _Visit, position: int) -> AsyncIterator[None]:
+        """While the prompt is read from `position` on, the store keeps room for what will come of
+        it. Raises OverloadedError (reason `store_full`) before anything is read.
+        """
+        prompt, layout = visit.prompt, self.engine.info.layout
+
+        async def pledge(done: int) -> None:
+            blocks = prompt.length // BLOCK_TOKENS - done // BLOCK_TOKENS
+            # The rolling state and its successor; retained ones take their chance.
+            size_bytes = blocks * (layout.block_bytes + _HEAD_BYTES)
+            size_bytes += 2 * (layout.state_bytes(prompt.length) + _HEAD_BYTES)
+            await self.store.pledge(prompt.owner, size_bytes, ttl_s=prompt.lease_ttl_s)
+
+        async def renew() -> None:
+            while True:
+                await asyncio.sleep(prompt.lease_ttl_s / 3)
+                with contextlib.suppress(PenstockError):
+                    # Where it went meanwhile, putting says so.
+                    await pledge(max(position, visit.lead.committed))
+
+        await pledge(position)
+        renewing = asyncio.create_task(renew())
+        try:
+            yield
+        finally:
+            renewing.cancel()
+            self._apart(self._unpledge(prompt))
+
+    async def _unpledge(self, prompt: Prompt) -> None:
+        with contextlib.suppress(PenstockError):
+            # Its time ends it too.
+            await self.store.pledge(prompt.owner, 0, ttl_s=prompt.lease_ttl_s)
 
     async def _restored(
         self, visit: _Visit, restorer: Restorer, sequence: PromptSequence

@@ -757,8 +757,13 @@ class LeaseRequest(_message.Message):
     OWNER_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
     TTL_MS_FIELD_NUMBER: _builtins.int
+    ROOM_BYTES_FIELD_NUMBER: _builtins.int
     owner: _builtins.str
     ttl_ms: _builtins.int
+    room_bytes: _builtins.int
+    """Set so many bytes aside for what this owner will put, instead of what was set aside for it before; RESOURCE_EXHAUSTED if
+    they are not there. They end with the time, with Release, or when the owner has put as many.
+    """
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(
@@ -767,12 +772,15 @@ class LeaseRequest(_message.Message):
         owner: _builtins.str = ...,
         ids: _abc.Iterable[_builtins.bytes] | None = ...,
         ttl_ms: _builtins.int = ...,
+        room_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_room_bytes", b"_room_bytes", "room_bytes", b"room_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "owner", b"owner", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_room_bytes", b"_room_bytes", "ids", b"ids", "owner", b"owner", "room_bytes", b"room_bytes", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__room_bytes: _TypeAlias = _typing.Literal["room_bytes"]  # noqa: Y015
+    _WhichOneofArgType__room_bytes: _TypeAlias = _typing.Literal["_room_bytes", b"_room_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__room_bytes) -> _WhichOneofReturnType__room_bytes | None: ...
 
 Global___LeaseRequest: _TypeAlias = LeaseRequest  # noqa: Y015
 
