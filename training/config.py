@@ -116,6 +116,22 @@ class Stage(Frozen):
     quantized: float = Field(0.0, description="share of steps with FP8 KV and FP4 index rounding")
 
 
+class Stabilisers(Frozen):
+    """What keeps a run on its track; the experiments of docs/training.md switch each off."""
+
+    sinkhorn: bool = Field(True, description="mHC; off: unconstrained hyper-connections")
+    sinks: bool = Field(True, description="attention sinks; off: attention must go somewhere")
+    balance_speed: float = Field(0.003, ge=0, description="of the routers' bias, a step")
+    sequence_balance: float = Field(0.0, ge=0, description="weight of the sequence-wise loss")
+    anticipatory: Literal["off", "spike", "on"] = Field(
+        "off", description="routing indices of an older snapshot: never, after a spike, always"
+    )
+    lag: int = Field(8, ge=1, le=64, description="age of that snapshot in steps")
+    spike: float = Field(2.0, gt=1, description="a loss so many times the recent median is one")
+    anticipatory_steps: int = Field(50, ge=1, description="how long a spike switches it on")
+    rollback_every: int = Field(10, ge=1, description="steps between states to roll back to")
+
+
 class TrainingConfig(Frozen):
     """Everything `python -m training CONFIG.yaml --out DIR` needs."""
 
@@ -127,6 +143,9 @@ class TrainingConfig(Frozen):
     checkpoint_every_steps: int = Field(0, ge=0, description="besides; 0: by the clock alone")
     log_every: int = 25
     network: NetworkConfig = NetworkConfig()
+    stabilisers: Stabilisers = Field(default_factory=lambda: Stabilisers.model_validate({}))
+    optimizer: Literal["muon", "adamw"] = Field("muon", description="of the matrices")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled; the report has 0.1")
     stages: tuple[Stage, ...] = Field(min_length=1)
 
     @classmethod

@@ -110,7 +110,8 @@ def draw_names(
     """`count` different names not in `taken`; a share `near` are neighbours of earlier ones."""
     names: list[str] = []
     seen = set(taken)
-    pool = list(seen)
+    # Sorted: the order of a set of strings is another one in every process.
+    pool = sorted(seen)
     while len(names) < count:
         if pool and rng.random() < near:
             name = neighbour(rng, rng.choice(pool))

@@ -12,6 +12,7 @@ import pathlib
 import random
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from training import batches, checkpoint, losses
+from training.anticipate import Anticipation, Spikes
 from training.config import Stage, TrainingConfig
 from training.curves import Sink
 from training.errors import TrainingError
 from training.meter import Meter
 from training.muon import Muon
-from training.network import Distractors, Evidence, MoE, Network
+from training.network import Distractors, Evidence, Network
 from training.rounding import PLAIN, SERVED
 
 HYPER_RATE = 0.25  # hyper-connection matrices see strongly correlated inputs: smaller Muon steps
@@ -88,8 +90,8 @@ def rate_at(pair: tuple[float, float], stage: Stage, step: int) -> float:
 @torch.no_grad()
 def balance_routers(network: Network, speed: float) -> None:
     """Auxiliary-loss-free balancing: the selection bias follows the sign of the load error."""
-    for moe in network.modules():
-        if isinstance(moe, MoE) and not moe.gate.hashed and moe.load is not None:
+    for moe in network.routers():
+        if not moe.gate.hashed and moe.load is not None:
             load = moe.load.float()
             moe.gate.get_buffer("bias").add_(speed * torch.sign(load.mean() - load))
 
@@ -104,18 +106,31 @@ class Run:
         self.cfg, self.network, self.tok, self.out = cfg, network, tok, out
         self.rng = random.Random(f"training {cfg.seed} {start_stage}")
         matrices, rest = split_parameters(network)
+        if cfg.optimizer == "adamw":
+            rest, matrices = list(network.parameters()), []
         self.rest = rest
-        self.muon = Muon(matrices)
+        self.muon = Muon(matrices, weight_decay=cfg.weight_decay)
         self.adamw = torch.optim.AdamW(
-            rest, lr=1e-3, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0
+            rest, lr=1e-3, betas=(0.9, 0.95), eps=1e-10, weight_decay=cfg.weight_decay
         )
+        settings = cfg.stabilisers
+        self.anticipation, self.spikes = Anticipation(settings, network), Spikes(settings.spike)
+        self._good: checkpoint.Checkpoint | None = None
+        self.rollbacks = 0
+        if not settings.sinks:
+            for name, p in network.named_parameters():
+                if name.endswith("attn_sink"):
+                    p.data.fill_(-1e9)
         self.bank, self.meter = Bank(network), Meter()
         self.stage, self.step = start_stage, 0
         self.total, self.tokens_seen, self.seconds = 0, 0, 0.0
         self.curve: list[dict[str, Any]] = []
 
-    def update(self, stage: Stage) -> losses.Outcome:
-        """One step. Raises `TrainingError`, before anything changes, if it is not finite."""
+    def update(self, stage: Stage) -> losses.Outcome | None:
+        """One step; None if it was a spike and the run was rolled back.
+
+        Raises `TrainingError`, before anything changes, if the loss or gradient is not finite.
+        """
         rng, shape = self.rng, stage.shapes[self.step % len(stage.shapes)]
         task = batches.draw(
             rng, self.tok, shape, full=stage.full_question, unanswerable=self.cfg.unanswerable,
@@ -123,15 +138,29 @@ class Run:
             repeats=stage.repeats,
             near=stage.near,
         )  # fmt: skip
-        logits, evidence = self.network(
-            task.batch, distractors=self.bank.offer(), share_entries=True,
-            dense=self.step < stage.dense_steps, sinkhorn_iters=self.cfg.sinkhorn_iters,
-            cache=SERVED if rng.random() < stage.quantized else PLAIN,
-        )  # fmt: skip
+        settings = self.cfg.stabilisers
+        cache = SERVED if rng.random() < stage.quantized else PLAIN
+
+        def forward(network: Network) -> tuple[Tensor, Evidence]:
+            logits, evidence = network(
+                task.batch, distractors=self.bank.offer(), share_entries=True, cache=cache,
+                dense=self.step < stage.dense_steps,
+                sinkhorn_iters=self.cfg.sinkhorn_iters if settings.sinkhorn else 0,
+            )  # fmt: skip
+            return logits, evidence
+
+        self.anticipation.route(self.total, forward)
+        logits, evidence = forward(self.network)
         outcome = losses.compute(logits, evidence, task, stage)
+        if settings.sequence_balance:
+            balance = losses.sequence_balance(self.network, task.batch)
+            outcome = replace(outcome, loss=outcome.loss + settings.sequence_balance * balance)
         loss = float(outcome.loss.detach())
         if not math.isfinite(loss):
             raise self._stopped(stage, f"the loss is {loss}")
+        if settings.anticipatory == "spike" and self.spikes.seen(loss) and self._good is not None:
+            self._roll_back()
+            return None
         outcome.loss.backward()  # type: ignore[no-untyped-call]
         norm = float(nn.utils.get_total_norm(
             [p.grad for p in self.network.parameters() if p.grad is not None]
@@ -145,13 +174,32 @@ class Run:
         self.muon.step(lr)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        balance_routers(self.network, 0.003 * lr / stage.lr_muon[0])
+        if not settings.sinks:
+            for name, p in self.network.named_parameters():
+                if name.endswith("attn_sink"):
+                    p.data.fill_(-1e9)
+        balance_routers(self.network, settings.balance_speed * lr / stage.lr_muon[0])
         self.bank.add(task, evidence, stage.bank_entries)
         self.meter.add(outcome)
         self.tokens_seen += shape.tokens * shape.rows
         self.step += 1
         self.total += 1
+        if settings.anticipatory == "spike" and self.total % settings.rollback_every == 0:
+            self._good = self.state()
         return outcome
+
+    def _roll_back(self) -> None:
+        """To the last state in memory, with anticipatory routing on and other batches than the
+        ones that led here.
+        """
+        assert self._good is not None
+        steps, rollbacks = self.total, self.rollbacks + 1
+        self.restore(self._good)
+        self.rollbacks = rollbacks
+        self.rng = random.Random(f"training {self.cfg.seed} {steps} rollback {rollbacks}")
+        self.anticipation.switch_on(steps)
+        # One spike, one rollback: the next is only answered from a state behind this one.
+        self._good = None
 
     def _stopped(self, stage: Stage, why: str) -> TrainingError:
         left = checkpoint.known(self.out)
@@ -163,25 +211,33 @@ class Run:
 
     def save(self) -> pathlib.Path:
         """A checkpoint of now."""
+        return checkpoint.save(self.out, self.state())
+
+    def state(self) -> checkpoint.Checkpoint:
+        """All of now, as copies."""
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         tensors |= {f"muon.{n}": value for n, value in self.muon.state_dict().items()}
         for number, state in self.adamw.state_dict()["state"].items():
             tensors |= {f"adamw.{number}.{key}": value for key, value in state.items()}
         tensors |= {f"bank.{name}": value for name, value in vars(self.bank).items()}
+        for age, snapshot in enumerate(self.anticipation.snapshots):
+            tensors |= {f"lag.{age}.{name}": value for name, value in snapshot.items()}
         tensors["torch_rng"] = torch.get_rng_state()
         version, internal, gauss = self.rng.getstate()
         facts = {
             "stage": self.stage, "step": self.step, "total": self.total,
-            "tokens_seen": self.tokens_seen, "seconds": self.seconds, "curve": self.curve,
+            "tokens_seen": self.tokens_seen, "seconds": self.seconds, "curve": list(self.curve),
             "meter": self.meter.state(), "rng": [version, list(internal), gauss],
+            "until": self.anticipation.until, "recent": list(self.spikes.recent),
+            "rollbacks": self.rollbacks,
         }  # fmt: skip
-        return checkpoint.save(
-            self.out, checkpoint.Checkpoint(self.total, self.cfg.digest(), tensors, facts)
-        )
+        copies = {name: value.detach().clone() for name, value in tensors.items()}
+        return checkpoint.Checkpoint(self.total, self.cfg.digest(), copies, facts)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Go on exactly where `saved` was taken."""
-        parts: dict[str, dict[str, Tensor]] = {"network": {}, "muon": {}, "adamw": {}, "bank": {}}
+        names = ("network", "muon", "adamw", "bank", "lag")
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in names}
         for name, value in saved.tensors.items():
             part, _, rest = name.partition(".")
             if rest:
@@ -196,12 +252,21 @@ class Run:
         self.adamw.load_state_dict({"state": states, "param_groups": groups})
         for name, value in parts["bank"].items():
             setattr(self.bank, name, value)
+        snapshots: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts["lag"].items():
+            age, _, key = name.partition(".")
+            snapshots.setdefault(int(age), {})[key] = value
+        self.anticipation.snapshots.clear()
+        self.anticipation.snapshots.extend(snapshots[age] for age in sorted(snapshots))
         torch.set_rng_state(saved.tensors["torch_rng"])
         facts: Mapping[str, Any] = saved.facts
         version, internal, gauss = facts["rng"]
         self.rng.setstate((version, tuple(internal), gauss))
         self.stage, self.step, self.total = facts["stage"], facts["step"], facts["total"]
         self.tokens_seen, self.seconds = facts["tokens_seen"], facts["seconds"]
+        self.anticipation.until, self.rollbacks = facts["until"], facts["rollbacks"]
+        self.spikes.recent.clear()
+        self.spikes.recent.extend(facts["recent"])
         self.curve = list(facts["curve"])
         self.meter = Meter.of(facts["meter"])
 
@@ -233,6 +298,10 @@ def train(
         stage = cfg.stages[run.stage]
         while run.step < stage.steps:
             outcome = run.update(stage)
+            if outcome is None:
+                stage = cfg.stages[run.stage]
+                say(json.dumps({"spike": run.rollbacks, "back_to": run.total}))
+                continue
             now = time.monotonic()
             run.seconds, last = run.seconds + now - last, now
             on_step(run.total, float(outcome.loss.detach()))
@@ -246,6 +315,7 @@ def train(
             if due or now - saved > cfg.checkpoint_every_s:
                 run.save()
                 saved = time.monotonic()
+        run.anticipation.release()
         sink.curve(run.curve)
         on_stage_end(stage)
         run.stage, run.step = run.stage + 1, 0

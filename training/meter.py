@@ -8,7 +8,7 @@ from typing import Any
 from training.losses import Outcome
 
 _COUNTS = ("right", "answerable", "refused_right", "unanswerable")
-_MEANS = ("gold_mass", "unknown_mass", "recall")
+_MEANS = ("gold_mass", "unknown_mass", "recall", "citation")
 
 
 def _nothing() -> dict[str, float]:
@@ -38,6 +38,7 @@ class Meter:
             "gold_mass": sums["gold_mass"] / n,
             "unknown_mass": sums["unknown_mass"] / n,
             "recall16": sums["recall"] / n,
+            "citation": sums["citation"] / n,
         }
         self._n, self._sums = 0, _nothing()
         return {key: round(value, 4) for key, value in out.items()}

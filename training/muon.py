@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,12 +12,15 @@ FAST = (3.4445, -4.7750, 2.0315)
 LAST = (2.0, -1.5, 0.5)
 
 
-def orthogonalize(m: Tensor) -> Tensor:
+STEPS = (FAST,) * 8 + (LAST,) * 2
+
+
+def orthogonalize(m: Tensor, steps: Sequence[tuple[float, float, float]] = STEPS) -> Tensor:
     """[..., a, b] -> the nearest (semi-)orthogonal matrix: 8 fast steps, then 2 that converge."""
     flip = m.shape[-2] > m.shape[-1]
     x = m.mT if flip else m
     x = x / (x.flatten(-2).norm(dim=-1)[..., None, None] + 1e-20)
-    for a, b, c in (FAST,) * 8 + (LAST,) * 2:
+    for a, b, c in steps:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     result: Tensor = x.mT if flip else x
@@ -25,14 +28,18 @@ def orthogonalize(m: Tensor) -> Tensor:
 
 
 class Muon:
-    """Momentum 0.95, Nesterov; the update is scaled by 0.18 sqrt(max(rows, columns)).
+    """Momentum 0.95, Nesterov; the update is scaled by 0.18 sqrt(max(rows, columns)), decay is
+    decoupled.
 
     `matrices` pairs a parameter with the shape [count, rows, columns] of the independent matrices
     in it. Equal shapes are orthogonalized together.
     """
 
-    def __init__(self, matrices: Iterable[tuple[Tensor, tuple[int, int, int], float]]) -> None:
-        self.momentum = 0.95
+    def __init__(
+        self, matrices: Iterable[tuple[Tensor, tuple[int, int, int], float]], *,
+        weight_decay: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.momentum, self.weight_decay = 0.95, weight_decay
         self.groups: dict[tuple[int, int], list[tuple[Tensor, tuple[int, int, int], float]]]
         self.groups = defaultdict(list)
         self._parameters: list[Tensor] = []
@@ -74,4 +81,6 @@ class Muon:
                 at += len(update)
                 part = part.mT if shape[1] > shape[2] else part
                 scale = 0.18 * max(shape[1:]) ** 0.5
+                if self.weight_decay:
+                    parameter.mul_(1 - lr * rate * self.weight_decay)
                 parameter.sub_(part.reshape(parameter.shape), alpha=lr * rate * scale)

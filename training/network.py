@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from training.config import NetworkConfig
 from training.rounding import PLAIN, Cache
@@ -294,31 +295,51 @@ class Gate(nn.Module):
         else:
             self.register_buffer("bias", torch.zeros(cfg.n_routed_experts))
 
-    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(expert ids [N, k], weights [N, k])."""
+    def forward(
+        self, x: Tensor, tokens: Tensor, forced: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(expert ids [N, k], weights [N, k], scores [N, E]); `forced` ids are taken as they are,
+        with weights of today.
+        """
         scores = F.softplus(F.linear(x, self.weight)).sqrt()
-        if self.hashed:
+        if forced is not None:
+            ids = forced
+        elif self.hashed:
             ids = self.get_buffer("tid2eid")[tokens]
         else:
             biased = scores.detach() + self.get_buffer("bias")
             ids = biased.topk(self.cfg.num_experts_per_tok, sorted=False).indices
         w = scores.gather(-1, ids)
-        return ids, w / (w.sum(-1, keepdim=True) + 1e-20) * self.cfg.routed_scaling_factor
+        weights = w / (w.sum(-1, keepdim=True) + 1e-20) * self.cfg.routed_scaling_factor
+        return ids, weights, scores
 
 
 class MoE(nn.Module):
-    """Routed experts plus one shared expert; `load` counts the last routing for the bias update."""
+    """Routed experts plus one shared expert.
+
+    `ids` and `scores` are those of the last pass: for the bias update, the balance loss, and as the
+    indices that a later pass is `forced` to take (anticipatory routing).
+    """
 
     def __init__(self, cfg: NetworkConfig, layer: int) -> None:
         super().__init__()
         self.gate = Gate(cfg, layer)
         self.experts = nn.ModuleList(Experts(cfg) for _ in range(cfg.n_routed_experts))
         self.shared_experts = Experts(cfg)
-        self.load: Tensor | None = None
+        self.ids: Tensor | None = None
+        self.scores: Tensor | None = None
+        self.forced: Tensor | None = None
+
+    @property
+    def load(self) -> Tensor | None:
+        """Tokens of each expert in the last pass."""
+        if self.ids is None:
+            return None
+        return torch.bincount(self.ids.flatten(), minlength=len(self.experts))
 
     def forward(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
-        ids, weights = self.gate(x_ND, tokens_N)
-        self.load = torch.bincount(ids.flatten(), minlength=len(self.experts))
+        ids, weights, scores = self.gate(x_ND, tokens_N, self.forced)
+        self.ids, self.scores = ids, scores
         out: Tensor = self.shared_experts(x_ND)
         for number, expert in enumerate(self.experts):
             row, slot = (ids == number).nonzero(as_tuple=True)
@@ -327,8 +348,15 @@ class MoE(nn.Module):
         return out
 
 
+SAME = 3.0
+"""Mixing logit of a stream with itself at the start."""
+
+
 def sinkhorn(logits_44N: Tensor, iterations: int, eps: float) -> Tensor:
     """[4 (j), 4 (k), N] -> doubly stochastic; tokens last so that small sums vectorize (4.1)."""
+    if iterations == 0:
+        # Unconstrained hyper-connections, a control: at the start nearly the identity, as with it.
+        return logits_44N / SAME
     c = logits_44N.softmax(1) + eps
     c = c / (c.sum(0, keepdim=True) + eps)
     for _ in range(iterations - 1):
@@ -368,7 +396,9 @@ def leave_sublayer(x_NMD: Tensor, y_ND: Tensor, post_NM: Tensor, mix_MMN: Tensor
 class Functions:
     """The parts that are memory bound; `compiled` makes inductor fuse them (training only)."""
 
-    def __init__(self, compiled: bool = False) -> None:
+    def __init__(self, compiled: bool = False, recompute: bool = False) -> None:
+        self.recompute = recompute
+
         def fuse(function: Callable[..., Any]) -> Callable[..., Any]:
             return torch.compile(function, dynamic=True) if compiled else function
 
@@ -390,7 +420,7 @@ class Layer(nn.Module):
             base[:m] = -1.5
             base[(2 * layer + number) % m] = 1.5  # each sublayer starts from another stream
             base[m : 2 * m] = 0.5 * torch.randn(m)
-            base[2 * m :] = 3.0 * torch.eye(m).flatten()
+            base[2 * m :] = SAME * torch.eye(m).flatten()
             self.register_parameter(f"hc_{part}_base", nn.Parameter(base))
             fn = torch.randn(m * (m + 2), m * d) * 0.2 * (m * d) ** -0.5
             self.register_parameter(f"hc_{part}_fn", nn.Parameter(fn))
@@ -413,22 +443,32 @@ class Layer(nn.Module):
         self, x_NMD: Tensor, y_ND: Tensor, post: Tensor, logits: Tensor, iters: int
     ) -> Tensor:
         """The streams behind the sublayer."""
-        mix = sinkhorn(logits, iters, self.cfg.hc_eps)
-        out: Tensor = self.functions.leave(x_NMD, y_ND, post, mix)
-        return out
+
+        def mixed(x_NMD: Tensor, y_ND: Tensor, post: Tensor, logits: Tensor) -> Tensor:
+            mix = sinkhorn(logits, iters, self.cfg.hc_eps)
+            streams: Tensor = self.functions.leave(x_NMD, y_ND, post, mix)
+            return streams
+
+        if self.functions.recompute and torch.is_grad_enabled():
+            # The iterations' intermediates are many and cheap: made again in the backward pass.
+            again: Tensor = recomputed(mixed, x_NMD, y_ND, post, logits, use_reentrant=False)
+            return again
+        return mixed(x_NMD, y_ND, post, logits)
 
 
 class Network(nn.Module):
     """The whole model; `forward` answers at the asked rows only."""
 
-    def __init__(self, cfg: NetworkConfig, compiled: bool = False) -> None:
+    def __init__(
+        self, cfg: NetworkConfig, compiled: bool = False, *, recompute: bool = False
+    ) -> None:
         super().__init__()
         if cfg.compress_ratios[-1] != 4:
             raise ValueError("the last entry of compress_ratios must be 4: its queries are sparse")
         self.cfg = cfg
         d, m = cfg.hidden_size, cfg.hc_mult
         self.embed = nn.Embedding(cfg.vocab_size, d)
-        functions = Functions(compiled)
+        functions = Functions(compiled, recompute)
         self.layers = nn.ModuleList(Layer(cfg, i, functions) for i in range(cfg.num_hidden_layers))
         self.hc_head_fn = nn.Parameter(torch.randn(m, m * d) * 0.2 * (m * d) ** -0.5)
         self.hc_head_base = nn.Parameter(torch.zeros(m))
@@ -437,6 +477,10 @@ class Network(nn.Module):
         self.head = Linear(d, cfg.vocab_size)
         nn.init.normal_(self.embed.weight, std=1.0)
         nn.init.normal_(self.head.weight, std=0.02)
+
+    def routers(self) -> list[MoE]:
+        """The layers' experts, first layer first."""
+        return [module for module in self.modules() if isinstance(module, MoE)]
 
     def forward(
         self,
@@ -451,7 +495,7 @@ class Network(nn.Module):
     ) -> tuple[Tensor, Evidence]:
         """Logits [R, V] at `batch.rows_R` and the evidence of the last layer."""
         cfg = self.cfg
-        iters = sinkhorn_iters or cfg.hc_sinkhorn_iters
+        iters = cfg.hc_sinkhorn_iters if sinkhorn_iters is None else sinkhorn_iters
         b, s = batch.tokens_BS.shape
         tokens_N = batch.tokens_BS.flatten()
         plain = torch.arange(s)[None].expand(b, s)  # window-only layers never see the gaps

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from training import batches, documents, export, loop, vocabulary  # noqa: E402
+from training import batches, documents, export, loop, losses, vocabulary  # noqa: E402
 from training.config import NetworkConfig, Shape, Stage, TrainingConfig  # noqa: E402
 from training.muon import orthogonalize  # noqa: E402
 from training.network import Network  # noqa: E402
@@ -105,3 +105,20 @@ def test_a_short_training_finds_the_evidence(tmp_path: pathlib.Path) -> None:
     print("gold mass per 15 steps:", masses)
     assert masses[-1] > 2 * masses[0] and masses[-1] > 0.06
     assert (tmp_path / "stage-smoke.pt").exists()
+
+
+def test_a_batch_without_a_single_answer_still_has_a_loss() -> None:
+    torch.manual_seed(3)
+    small = NetworkConfig(hidden_size=32, q_lora_rank=32, o_lora_rank=32, moe_intermediate_size=32)
+    network = Network(small)
+    shape = Shape(tokens=144, rows=1, facts=2, questions=3)
+    task = batches.draw(
+        random.Random(1), vocabulary.tokenizer(), shape, full=0.0, unanswerable=1.0, gapless=True
+    )
+    assert (task.gold_R2 < 0).all()
+    logits, evidence = network(task.batch)
+    stage = Stage(name="A", shapes=(shape,), steps=1, lr_muon=(0, 0), lr_adamw=(0, 0))
+    outcome = losses.compute(logits, evidence, task, stage)
+    outcome.loss.backward()
+    assert torch.isfinite(outcome.loss) and outcome.gold_mass == outcome.recall == 0.0
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
