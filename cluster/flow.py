@@ -60,6 +60,7 @@ class Flow:
         self._store = store
         self._served_name = served_name
         self._created = int(time.time())
+        self._model: ServedModel | None = None
         self._releasing: set[asyncio.Task[None]] = set()
 
     async def generate(self, request: Request) -> AsyncIterator[Event]:
@@ -95,11 +96,14 @@ class Flow:
 
     async def model(self) -> ServedModel:
         workers = await self._router.workers()
-        if not any(w.role == DECODE for w in workers):
+        decode = next((w for w in workers if w.role == DECODE), None)
+        if decode is not None:
+            name, length = self._served_name, decode.max_model_len
+            self._model = ServedModel(name, self._created, length, decode.fingerprint.hex())
+        # A directory that was just started knows nobody for a moment; requests wait for workers.
+        if self._model is None:
             raise WorkerUnavailableError("no decode worker has registered yet; see /ready")
-        decode = next(w for w in workers if w.role == DECODE)
-        fingerprint = decode.fingerprint.hex()
-        return ServedModel(self._served_name, self._created, decode.max_model_len, fingerprint)
+        return self._model
 
     async def readiness(self) -> Readiness:
         try:
