@@ -209,6 +209,13 @@ INSIDE = (
           "test_a_large_object_goes_in_chunks_of_at_most_a_mebibyte", "bytes"),
     Limit("calls at once", "kvstore.max_concurrent_calls", "`RESOURCE_EXHAUSTED`",
           _BOUNDS + "test_the_store_answers_no_more_calls_at_once_than_allowed"),
+    Limit("mirrors of a node", "kvstore.max_subscribers", "`RESOURCE_EXHAUSTED`",
+          "tests/kvstore/test_mirror.py::"
+          "test_who_has_no_token_cannot_subscribe_and_no_more_than_allowed_can"),
+    Limit("changes that wait for a mirror", "kvstore.max_event_backlog",
+          "cut, begins again with a snapshot",
+          "tests/kvstore/test_mirror.py::"
+          "test_a_subscriber_that_takes_too_little_is_cut_and_keeps_nothing"),
     Limit("workers in the directory", "kvstore.max_workers", "`RESOURCE_EXHAUSTED`",
           "tests/kvstore/test_directory.py::"
           "test_entries_that_nobody_could_call_are_refused_in_a_sentence"),

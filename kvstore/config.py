@@ -79,6 +79,10 @@ class StoreConfig(BaseModel):
     """A Put stream that sends nothing for so long is ended and its bytes given back."""
     get_stall_s: float = Field(default=60.0, gt=0)
     """A Get stream whose reader takes nothing for so long is ended."""
+    max_subscribers: int = Field(default=64, ge=1)
+    """Most mirrors that follow the node's changes."""
+    max_event_backlog: int = Field(default=32_768, ge=1)
+    """Most changes that wait for one mirror; beyond it the mirror begins again with a snapshot."""
     max_workers: int = Field(default=4096, ge=1)
     """Most workers in the directory."""
     max_worker_ttl_s: float = Field(default=60.0, gt=0)

@@ -95,6 +95,9 @@ class StoreStat:
     object_quarantined: int = 0
     object_resting: int = 0
     """1 while the bucket is left alone because it failed or was slow."""
+    subscribers: int = 0
+    event_seq: int = 0
+    """Changes that mirrors were or would have been told since the node's start."""
 
 
 class BlockStore(Protocol):

@@ -23,6 +23,7 @@ from kvstore.contracts import Buffer, Index, StoreStat
 from kvstore.disk.log import Place
 from kvstore.disk.open import open_disk
 from kvstore.disk.tier import DiskTier
+from kvstore.events import EventFeed
 from kvstore.memory import MemoryTier
 from kvstore.objects.bucket import Stored
 from kvstore.objects.open import open_objects
@@ -70,6 +71,8 @@ class StoreNode:
         self.misses = 0
         self.bytes_in = 0
         self.bytes_out = 0
+        self.node_id = node_id
+        self.feed = EventFeed(config, ids=self._all_ids)
         self.announcer: Announcer | None = None
         if index is not None:
             self.announcer = Announcer(
@@ -230,6 +233,8 @@ class StoreNode:
             misses=self.misses,
             bytes_in=self.bytes_in,
             bytes_out=self.bytes_out,
+            subscribers=len(self.feed),
+            event_seq=self.feed.seq,
         )
         if disk is not None:
             stat = replace(stat, **disk.figures())
@@ -417,9 +422,14 @@ class StoreNode:
         self._let_go()
 
     def _ids(self) -> list[bytes]:
+        ids = self._all_ids()
+        return ids if self._disk is None else list(dict.fromkeys(ids))
+
+    def _all_ids(self) -> list[bytes]:
+        """With those in both tiers twice."""
         ids = self._catalog.ids()
         if self._disk is not None:
-            ids = list(dict.fromkeys([*ids, *self._disk.catalog.ids()]))
+            ids += self._disk.catalog.ids()
         return ids
 
     def _size_of(self, id_: bytes) -> int | None:
@@ -432,18 +442,24 @@ class StoreNode:
         """Effects of what the catalogue dropped; in the same step, so nobody sees a half."""
         for id_ in self._catalog.take_dropped():
             self._memory.drop(id_)
-            if self.announcer is not None and self._size_of(id_) is None:
-                self.announcer.removed(id_)
+            if self._size_of(id_) is None:
+                self._vanished(id_)
 
     def _on_disk(self, id_: bytes) -> None:
         if self._catalog.entry(id_) is None:
             self._appeared(id_)
 
     def _off_disk(self, id_: bytes) -> None:
-        if self.announcer is not None and self._catalog.entry(id_) is None:
+        if self._catalog.entry(id_) is None:
+            self._vanished(id_)
+
+    def _vanished(self, id_: bytes) -> None:
+        self.feed.changed(id_, False)
+        if self.announcer is not None:
             self.announcer.removed(id_)
 
     def _appeared(self, id_: bytes) -> None:
+        self.feed.changed(id_, True)
         if self.announcer is not None:
             self.announcer.added(id_)
         for future in self._waiters.pop(id_, ()):

@@ -16,6 +16,7 @@ from kvstore.config import StoreConfig
 from kvstore.contracts import Index
 from kvstore.data.port import DataPort, host_and_port
 from kvstore.data.tickets import Tickets
+from kvstore.events import EventService
 from kvstore.index.embedded import EmbeddedIndex
 from kvstore.index.redis import RedisIndex
 from kvstore.meters import store_meters
@@ -75,6 +76,7 @@ class StoreServer:
     async def stop(self, grace_s: float = _STOP_GRACE_S) -> None:
         """Refuse new calls, give running ones `grace_s`, then end."""
         self._exporter.close()
+        self.node.feed.close()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
         if self.port is not None:
@@ -120,6 +122,7 @@ async def start_server(
     server.add_generic_rpc_handlers(
         (
             service.KvStoreService(node, tickets, tracer, port).handlers(),
+            EventService(node.feed, config, node_id=node_id, epoch=node.epoch).handlers(),
             directory.DirectoryService(workers, epoch=node.epoch).handlers(),
             admin.AdminService(node).handlers(),
             metrics_handler(meters),

@@ -138,6 +138,18 @@ async def _get(channel: Any, path: str, raw: bytes) -> grpc.StatusCode:
     return grpc.StatusCode.OK
 
 
+async def _first_of(channel: Any, path: str, raw: bytes) -> grpc.StatusCode:
+    """Of a stream that has no end."""
+    call = channel.unary_stream(path)(raw, timeout=10)
+    try:
+        await call.read()
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    finally:
+        call.cancel()
+    return grpc.StatusCode.OK
+
+
 async def _put(channel: Any, path: str, raws: list[bytes]) -> grpc.StatusCode:
     call = channel.stream_stream(path)(iter(raws), timeout=10)
     try:
@@ -178,6 +190,8 @@ async def test_twenty_thousand_malformed_messages() -> None:
             sent[path] += count
             if method.client_streaming:
                 code = await _put(channel, path, raws)
+            elif method.name == "Subscribe":
+                code = await _first_of(channel, path, raws[0])
             elif method.server_streaming:
                 code = await _get(channel, path, raws[0])
             else:

@@ -902,6 +902,8 @@ class StatResponse(_message.Message):
     OBJECT_ERRORS_FIELD_NUMBER: _builtins.int
     OBJECT_QUARANTINED_FIELD_NUMBER: _builtins.int
     OBJECT_RESTING_FIELD_NUMBER: _builtins.int
+    SUBSCRIBERS_FIELD_NUMBER: _builtins.int
+    EVENT_SEQ_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     capacity_bytes: _builtins.int
     used_bytes: _builtins.int
@@ -946,6 +948,9 @@ class StatResponse(_message.Message):
     object_errors: _builtins.int
     object_quarantined: _builtins.int
     object_resting: _builtins.int
+    subscribers: _builtins.int
+    """Mirrors that listen, and changes told to them since the node's start."""
+    event_seq: _builtins.int
     def __init__(
         self,
         *,
@@ -991,14 +996,74 @@ class StatResponse(_message.Message):
         object_errors: _builtins.int = ...,
         object_quarantined: _builtins.int = ...,
         object_resting: _builtins.int = ...,
+        subscribers: _builtins.int = ...,
+        event_seq: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_in", b"bytes_in", "bytes_out", b"bytes_out", "capacity_bytes", b"capacity_bytes", "disk_capacity_bytes", b"disk_capacity_bytes", "disk_errors", b"disk_errors", "disk_evictions", b"disk_evictions", "disk_file_bytes", b"disk_file_bytes", "disk_hits", b"disk_hits", "disk_leases", b"disk_leases", "disk_objects", b"disk_objects", "disk_quarantined", b"disk_quarantined", "disk_queued_bytes", b"disk_queued_bytes", "disk_read_bytes", b"disk_read_bytes", "disk_skipped", b"disk_skipped", "disk_used_bytes", b"disk_used_bytes", "disk_written_bytes", b"disk_written_bytes", "epoch", b"epoch", "evictions", b"evictions", "hits", b"hits", "index_backend", b"index_backend", "index_healthy", b"index_healthy", "integrity_failures", b"integrity_failures", "lease_owners", b"lease_owners", "leases", b"leases", "misses", b"misses", "object_capacity_bytes", b"object_capacity_bytes", "object_errors", b"object_errors", "object_evictions", b"object_evictions", "object_hits", b"object_hits", "object_objects", b"object_objects", "object_quarantined", b"object_quarantined", "object_queued_bytes", b"object_queued_bytes", "object_read_bytes", b"object_read_bytes", "object_resting", b"object_resting", "object_skipped", b"object_skipped", "object_used_bytes", b"object_used_bytes", "object_written_bytes", b"object_written_bytes", "objects", b"objects", "open_gets", b"open_gets", "open_puts", b"open_puts", "reserved_bytes", b"reserved_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_in", b"bytes_in", "bytes_out", b"bytes_out", "capacity_bytes", b"capacity_bytes", "disk_capacity_bytes", b"disk_capacity_bytes", "disk_errors", b"disk_errors", "disk_evictions", b"disk_evictions", "disk_file_bytes", b"disk_file_bytes", "disk_hits", b"disk_hits", "disk_leases", b"disk_leases", "disk_objects", b"disk_objects", "disk_quarantined", b"disk_quarantined", "disk_queued_bytes", b"disk_queued_bytes", "disk_read_bytes", b"disk_read_bytes", "disk_skipped", b"disk_skipped", "disk_used_bytes", b"disk_used_bytes", "disk_written_bytes", b"disk_written_bytes", "epoch", b"epoch", "event_seq", b"event_seq", "evictions", b"evictions", "hits", b"hits", "index_backend", b"index_backend", "index_healthy", b"index_healthy", "integrity_failures", b"integrity_failures", "lease_owners", b"lease_owners", "leases", b"leases", "misses", b"misses", "object_capacity_bytes", b"object_capacity_bytes", "object_errors", b"object_errors", "object_evictions", b"object_evictions", "object_hits", b"object_hits", "object_objects", b"object_objects", "object_quarantined", b"object_quarantined", "object_queued_bytes", b"object_queued_bytes", "object_read_bytes", b"object_read_bytes", "object_resting", b"object_resting", "object_skipped", b"object_skipped", "object_used_bytes", b"object_used_bytes", "object_written_bytes", b"object_written_bytes", "objects", b"objects", "open_gets", b"open_gets", "open_puts", b"open_puts", "reserved_bytes", b"reserved_bytes", "subscribers", b"subscribers", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatResponse: _TypeAlias = StatResponse  # noqa: Y015
+
+@_typing.final
+class SubscribeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubscribeRequest: _TypeAlias = SubscribeRequest  # noqa: Y015
+
+@_typing.final
+class IndexEvents(_message.Message):
+    """Objects are named by the first 8 bytes of their ids, one name after the other: enough to look an id up, not enough to ask
+    for an object. A node's own life is (node_id, epoch); `seq` counts the changes in it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    epoch: _builtins.int
+    seq: _builtins.int
+    """Of the last change that this message and those before it contain."""
+    stored: _builtins.bytes
+    removed: _builtins.bytes
+    snapshot: _builtins.bool
+    """A part of the snapshot: what is not in its parts is not there. `complete`: its last part."""
+    complete: _builtins.bool
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        seq: _builtins.int = ...,
+        stored: _builtins.bytes = ...,
+        removed: _builtins.bytes = ...,
+        snapshot: _builtins.bool = ...,
+        complete: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "epoch", b"epoch", "node_id", b"node_id", "removed", b"removed", "seq", b"seq", "snapshot", b"snapshot", "stored", b"stored"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IndexEvents: _TypeAlias = IndexEvents  # noqa: Y015
 
 @_typing.final
 class ObjectInfo(_message.Message):

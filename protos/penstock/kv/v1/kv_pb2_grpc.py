@@ -74,6 +74,11 @@ class KvStoreStub:
                 request_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.StatRequest.SerializeToString,
                 response_deserializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.StatResponse.FromString,
                 _registered_method=True)
+        self.Subscribe = channel.unary_stream(
+                '/penstock.kv.v1.KvStore/Subscribe',
+                request_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.SubscribeRequest.SerializeToString,
+                response_deserializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.IndexEvents.FromString,
+                _registered_method=True)
 
 
 class KvStoreServicer:
@@ -138,6 +143,14 @@ class KvStoreServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Subscribe(self, request, context):
+        """What the node holds, for mirrors inside the cluster: a snapshot in parts, then the changes, coalesced. A subscriber that
+        takes too little is cut (RESOURCE_EXHAUSTED) and begins again with a snapshot. An empty message says that nothing changed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvStoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -180,6 +193,11 @@ def add_KvStoreServicer_to_server(servicer, server):
                     servicer.Stat,
                     request_deserializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.StatRequest.FromString,
                     response_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.StatResponse.SerializeToString,
+            ),
+            'Subscribe': grpc.unary_stream_rpc_method_handler(
+                    servicer.Subscribe,
+                    request_deserializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.SubscribeRequest.FromString,
+                    response_serializer=protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.IndexEvents.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -398,6 +416,33 @@ class KvStore:
             '/penstock.kv.v1.KvStore/Stat',
             protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.StatRequest.SerializeToString,
             protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.StatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Subscribe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/penstock.kv.v1.KvStore/Subscribe',
+            protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.SubscribeRequest.SerializeToString,
+            protos_dot_penstock_dot_kv_dot_v1_dot_kv__pb2.IndexEvents.FromString,
             options,
             channel_credentials,
             insecure,

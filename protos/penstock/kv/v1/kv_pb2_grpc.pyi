@@ -54,6 +54,10 @@ class KvStoreStub:
     Release: _grpc.UnaryUnaryMultiCallable[_kv_pb2.ReleaseRequest, _kv_pb2.ReleaseResponse]
     """Drops every lease of `owner` and every object that only `owner`'s rolling slot keeps. Idempotent."""
     Stat: _grpc.UnaryUnaryMultiCallable[_kv_pb2.StatRequest, _kv_pb2.StatResponse]
+    Subscribe: _grpc.UnaryStreamMultiCallable[_kv_pb2.SubscribeRequest, _kv_pb2.IndexEvents]
+    """What the node holds, for mirrors inside the cluster: a snapshot in parts, then the changes, coalesced. A subscriber that
+    takes too little is cut (RESOURCE_EXHAUSTED) and begins again with a snapshot. An empty message says that nothing changed.
+    """
 
 @_typing.type_check_only
 class KvStoreAsyncStub(KvStoreStub):
@@ -79,6 +83,10 @@ class KvStoreAsyncStub(KvStoreStub):
     Release: _aio.UnaryUnaryMultiCallable[_kv_pb2.ReleaseRequest, _kv_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Drops every lease of `owner` and every object that only `owner`'s rolling slot keeps. Idempotent."""
     Stat: _aio.UnaryUnaryMultiCallable[_kv_pb2.StatRequest, _kv_pb2.StatResponse]  # type: ignore[assignment]
+    Subscribe: _aio.UnaryStreamMultiCallable[_kv_pb2.SubscribeRequest, _kv_pb2.IndexEvents]  # type: ignore[assignment]
+    """What the node holds, for mirrors inside the cluster: a snapshot in parts, then the changes, coalesced. A subscriber that
+    takes too little is cut (RESOURCE_EXHAUSTED) and begins again with a snapshot. An empty message says that nothing changed.
+    """
 
 class KvStoreServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -149,6 +157,16 @@ class KvStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _kv_pb2.StatRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kv_pb2.StatResponse, _abc.Awaitable[_kv_pb2.StatResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Subscribe(
+        self,
+        request: _kv_pb2.SubscribeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_kv_pb2.IndexEvents], _abc.AsyncIterator[_kv_pb2.IndexEvents]]:
+        """What the node holds, for mirrors inside the cluster: a snapshot in parts, then the changes, coalesced. A subscriber that
+        takes too little is cut (RESOURCE_EXHAUSTED) and begins again with a snapshot. An empty message says that nothing changed.
+        """
 
 def add_KvStoreServicer_to_server(servicer: KvStoreServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
