@@ -81,8 +81,10 @@ def attempt(channel: grpc.Channel, method: Any, metadata: Any = None) -> grpc.St
     given = iter([b""]) if method.client_streaming else b""
     try:
         answer = call(given, timeout=10, metadata=metadata)
-        for _ in answer if method.server_streaming else ():
-            pass
+        if method.server_streaming:
+            # One message says as much as all of them, and Subscribe's stream has no end.
+            next(answer, None)
+            answer.cancel()
     except grpc.RpcError as error:
         code: grpc.StatusCode = error.code()
         return code
