@@ -468,8 +468,7 @@ PREFILL_RECOMPUTED = Metric(
     "counter",
     _PREFILL,
     "Prompt tokens computed though the store had their block when it was put: what a worker lost in"
-    " mid-prompt, a missing state or two equal prompts at once cost",
-    still="nothing is lost, and equal prompts wait for each other",
+    " mid-prompt, a missing state or an exact replay cost",
 )
 PREFILL_REPAIRED = Metric(
     "worker_prefill_repaired_blocks_total",
