@@ -19,6 +19,8 @@ SOURCES: Mapping[str, Metric] = {
     "objects": M.STORE_OBJECTS,
     "leases": M.STORE_LEASES,
     "lease_owners": M.STORE_OWNERS,
+    "subscribers": M.STORE_SUBSCRIBERS,
+    "event_seq": M.STORE_EVENTS,
     "open_puts": M.STORE_PUTS,
     "open_gets": M.STORE_GETS,
     "evictions": M.STORE_EVICTIONS,

@@ -623,6 +623,12 @@ STORE_RESERVED = Metric(
 STORE_OBJECTS = Metric("store_objects", "gauge", _STORE, "Committed objects")
 STORE_LEASES = Metric("store_leases", "gauge", _STORE, "Leases on objects")
 STORE_OWNERS = Metric("store_lease_owners", "gauge", _STORE, "Owners of leases: requests at work")
+STORE_SUBSCRIBERS = Metric(
+    "store_subscribers", "gauge", _STORE, "Mirrors that follow its changes", still="no mirror runs"
+)
+STORE_EVENTS = Metric(
+    "store_events_total", "counter", _STORE, "Changes told to mirrors, or ready to be"
+)
 STORE_PUTS = Metric("store_open_puts", "gauge", _STORE, "Objects being written")
 STORE_GETS = Metric("store_open_gets", "gauge", _STORE, "Reads under way")
 STORE_EVICTIONS = Metric(

@@ -22,7 +22,7 @@ from penstock.telemetry.metric import PREFIX
 from protos.penstock.kv.v1 import kv_pb2, kv_pb2_grpc
 from tests.cluster.harness import Cluster, cluster
 
-_MEMORY_BYTES = 40_000
+_MEMORY_BYTES = 90_000
 Values = dict[str, float]
 
 

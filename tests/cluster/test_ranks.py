@@ -41,7 +41,7 @@ def test_two_ranks_answer_as_one_does() -> None:
     assert answers[0].token_ids == answers[1].token_ids
 
 
-def test_killed_rank_fails_its_stream_and_its_worker_is_replaced() -> None:
+def test_killed_ranks_are_replaced_with_their_workers_and_the_stream_goes_on() -> None:
     with serving(
         *("--launcher", "local", "--tensor-parallel-size", "2"),
         PENSTOCK_MODEL__FAKE_DECODE_STEP_MS="10",
@@ -51,17 +51,14 @@ def test_killed_rank_fails_its_stream_and_its_worker_is_replaced() -> None:
         assert len(known) == 2
         prompt = prompt_of(900, 23)
         with httpx.Client(base_url=served.url) as client:
-            stream = Stream(client, prompt, max_tokens=3000)
+            stream = Stream(client, prompt, max_tokens=1000)
             wait_for("tokens", lambda: len(stream.result.token_ids) > 10, within_s=20)
             for pid in known:
                 os.kill(pid, signal.SIGKILL)
-            result = stream.end(within_s=15)
+            result = stream.end(within_s=90)
         print(f"{result.seconds:.1f} s, {len(result.token_ids)} tokens, {result.error}")
-        assert result.error is not None
-        assert (
-            tuple(result.token_ids)
-            == fake_answer(prompt, len(result.token_ids))[: len(result.token_ids)]
-        )
+        assert result.error is None
+        assert tuple(result.token_ids) == fake_answer(prompt, 1000)
         started = time.monotonic()
         wait_for(
             "new followers",

@@ -120,7 +120,7 @@ def test_ray_cluster_serves_without_torch_in_any_process(beside: Served) -> None
 
 
 @pytest.mark.parametrize("role", ["decode", "prefill"])
-def test_killed_replica_fails_its_stream_and_serve_replaces_it(beside: Served, role: str) -> None:
+def test_serve_replaces_a_killed_replica_and_the_stream_goes_on(beside: Served, role: str) -> None:
     prompt = prompt_of(900, 20 + len(role))
     expected = fake_answer(prompt, 900)
     killed = _worker(beside, role)
@@ -128,11 +128,6 @@ def test_killed_replica_fails_its_stream_and_serve_replaces_it(beside: Served, r
         stream = Stream(client, prompt, max_tokens=900)
         wait_for("tokens", lambda: len(stream.result.token_ids) > 10, within_s=20)
         os.kill(killed, signal.SIGKILL)
-        if role == "decode":
-            result = stream.end(within_s=10)
-            print(f"{result.seconds:.1f} s, {len(result.token_ids)} tokens, {result.error}")
-            assert result.error is not None and "decode worker" in result.error["message"]
-            assert tuple(result.token_ids) == expected[: len(result.token_ids)]
         started = time.monotonic()
         wait_for(
             "another replica in its place",
@@ -143,11 +138,9 @@ def test_killed_replica_fails_its_stream_and_serve_replaces_it(beside: Served, r
         took = time.monotonic() - started
         print(f"{took:.1f} s later the same prompt gives the same tokens: {got == expected[:20]}")
         assert got == expected[:20]
-        if role == "prefill":
-            # Prefill was over: its loss does not touch the stream that decodes.
-            result = stream.end(within_s=60)
-            print(f"the stream: {len(result.token_ids)} tokens, {result.error}")
-            assert tuple(result.token_ids) == expected
+        result = stream.end(within_s=60)
+        print(f"the stream: {result.seconds:.1f} s, {len(result.token_ids)} tokens, {result.error}")
+        assert tuple(result.token_ids) == expected and result.error is None
 
 
 def test_ctrl_c_twice_leaves_nothing_and_does_not_touch_the_neighbour(
