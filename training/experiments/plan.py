@@ -56,7 +56,7 @@ _HOT = {"stages.0.lr_muon": [0.08, 0.08], "stages.0.lr_adamw": [2e-2, 2e-2]}
 
 EXPERIMENTS: Mapping[str, Experiment] = {
     "muon": Experiment(
-        "Muon or AdamW for the matrices, each at three rates",
+        "Muon or AdamW for the matrices, each at several rates",
         {
             "Muon 0.02": {},
             "AdamW 0.003": _adamw(3e-3),
@@ -64,6 +64,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             "Muon 0.04": _muon(0.04),
             "AdamW 0.001": _adamw(1e-3),
             "Muon 0.01": _muon(0.01),
+            "AdamW 0.03": _adamw(3e-2),
         },
     ),
     "mhc": Experiment(
