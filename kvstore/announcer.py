@@ -125,7 +125,7 @@ class Announcer:
                 await self._add([id_ for id_, present in batch.items() if present])
                 gone = [id_ for id_, present in batch.items() if not present]
                 if gone:
-                    await self._index.remove(gone, node_id=self._node_id)
+                    await self._index.remove(gone, node_id=self._node_id, epoch=self._epoch)
             except IndexUnavailableError:
                 # Newer changes of the same ids win over those that were not sent.
                 self._pending = batch | self._pending

@@ -180,9 +180,13 @@ class Index(Protocol):
     @property
     def backend(self) -> str: ...
 
-    async def add(self, entries: Sequence[tuple[bytes, Location]]) -> None: ...
+    async def add(self, entries: Sequence[tuple[bytes, Location]]) -> None:
+        """The latest entry of an id wins, except that an earlier life of a node (a smaller epoch)
+        never replaces what a later one wrote.
+        """
 
-    async def remove(self, ids: Sequence[bytes], *, node_id: str) -> None: ...
+    async def remove(self, ids: Sequence[bytes], *, node_id: str, epoch: int) -> None:
+        """Entries of other nodes, and of later lives of this one, stay."""
 
     async def lookup(self, ids: Sequence[bytes]) -> list[Location | None]:
         """One round trip for all ids. Raises `IndexUnavailableError` within its short deadline."""

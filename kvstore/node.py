@@ -23,6 +23,7 @@ from kvstore.contracts import Buffer, Index, StoreStat
 from kvstore.disk.log import Place
 from kvstore.disk.open import open_disk
 from kvstore.disk.tier import DiskTier
+from kvstore.epoch import wall_ms
 from kvstore.events import EventFeed
 from kvstore.memory import MemoryTier
 from kvstore.objects.bucket import Stored
@@ -46,11 +47,14 @@ class StoreNode:
         *,
         node_id: str = "node",
         index: Index | None = None,
+        epoch: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`index`: where to announce objects; None announces nowhere. `epoch` grows by restarts."""
+        """`index`: where to announce objects; None announces nowhere. `epoch` grows by restarts
+        (`kvstore.epoch`); None is the wall clock's.
+        """
         self.config = config
-        self.epoch = time.time_ns() // 1_000_000
+        self.epoch = wall_ms() if epoch is None else epoch
         limits = Limits(
             capacity_bytes=config.memory_bytes,
             max_object_bytes=config.max_object_bytes,

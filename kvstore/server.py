@@ -16,6 +16,8 @@ from kvstore.config import StoreConfig
 from kvstore.contracts import Index
 from kvstore.data.port import DataPort, host_and_port
 from kvstore.data.tickets import Tickets
+from kvstore.disk.open import disk_folder
+from kvstore.epoch import next_epoch
 from kvstore.events import EventService
 from kvstore.index.embedded import EmbeddedIndex
 from kvstore.index.redis import RedisIndex
@@ -101,8 +103,9 @@ async def start_server(
     keep_freed_memory()
     gates = transport.gates(peers)
     node_id = config.node_id or f"node-{uuid.uuid4().hex[:12]}"
+    epoch = await asyncio.to_thread(next_epoch, disk_folder(config))
     index = open_index(config)
-    node = StoreNode(config, node_id=node_id, index=index)
+    node = StoreNode(config, node_id=node_id, index=index, epoch=epoch)
     workers = directory.WorkerDirectory(
         clock=time.monotonic, max_workers=config.max_workers, max_ttl_s=config.max_worker_ttl_s
     )

@@ -40,7 +40,7 @@ def open_disk(
     )
     policy = open_policy(config.eviction, limits.capacity_bytes)
     files = DiskFiles(
-        Path(config.disk_dir) if config.disk_dir else default_folder(),
+        _folder(config),
         size_bytes=size_bytes,
         extent_bytes=config.disk_extent_bytes,
     )
@@ -53,6 +53,15 @@ def open_disk(
         added=added,
         removed=removed,
     )
+
+
+def disk_folder(config: StoreConfig) -> Path | None:
+    """Where the disk tier lies; None without one."""
+    return _folder(config) if config.disk_bytes else None
+
+
+def _folder(config: StoreConfig) -> Path:
+    return Path(config.disk_dir) if config.disk_dir else default_folder()
 
 
 def default_folder() -> Path:

@@ -19,12 +19,17 @@ class EmbeddedIndex:
         return "embedded"
 
     async def add(self, entries: Sequence[tuple[bytes, Location]]) -> None:
-        self._locations.update(entries)
+        for id_, location in entries:
+            held = self._locations.get(id_)
+            if held is None or held.node_id != location.node_id or held.epoch <= location.epoch:
+                self._locations[id_] = location
 
-    async def remove(self, ids: Sequence[bytes], *, node_id: str) -> None:
+    async def remove(self, ids: Sequence[bytes], *, node_id: str, epoch: int) -> None:
         for id_ in ids:
             location = self._locations.get(id_)
-            if location is not None and location.node_id == node_id:
+            if location is None or location.node_id != node_id:
+                continue
+            if location.epoch <= epoch:
                 del self._locations[id_]
 
     async def lookup(self, ids: Sequence[bytes]) -> list[Location | None]:

@@ -4,6 +4,10 @@
     kv:node:<node id>    u8 version | u64le epoch | address; PX 5 s
     kv:nodes             set of node ids, to find the keys above without a scan
 
+Entries are fenced: an earlier life of a node (a smaller epoch, same node id) neither overwrites nor
+deletes what a later one wrote. Each script touches one key. Between nodes the latest entry wins:
+their epochs are of different clocks, and a dead node's entry must not keep a live one's out.
+
 A lookup is one MGET. Every call has a deadline and goes through a circuit breaker; whatever goes
 wrong is an `IndexUnavailableError`. One Redis or one shard: keys carry no hash tag yet, so a Redis
 Cluster cannot answer a whole prompt in one command.
@@ -37,17 +41,36 @@ _NODES_KEY = b"kv:nodes"
 _BATCH = 4096
 _READ_BYTES = 1 << 18
 
-# Another node may have announced the same object since: only our own entry is deleted.
-_REMOVE_OWN = """
-local removed = 0
-for _, key in ipairs(KEYS) do
-  local value = redis.call('GET', key)
-  if value and string.sub(value, 18) == ARGV[1] then
-    removed = removed + redis.call('DEL', key)
-  end
+# 1 when the key holds an entry of a later life of the node in ARGV[1], 0 when one of this or an
+# earlier life, -1 when anything else or nothing. Halves of the epoch, because Lua's numbers are
+# exact to 53 bits only; `pcall`, because a foreign value may be of another type.
+_RELATION = """
+local function relation(held, own)
+  if type(held) ~= 'string' or #held < 17 or string.byte(held) ~= 1 then return -1 end
+  if string.sub(held, 18) ~= string.sub(own, 18) then return -1 end
+  local held_low, held_high = struct.unpack('<I4I4', held, 2)
+  local own_low, own_high = struct.unpack('<I4I4', own, 2)
+  if held_high > own_high or (held_high == own_high and held_low > own_low) then return 1 end
+  return 0
 end
-return removed
+local related = relation(redis.pcall('GET', KEYS[1]), ARGV[1])
 """
+_COMMIT = (
+    _RELATION
+    + """
+if related == 1 then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+)
+# Another node, or a later life of this one, may have announced the same object since.
+_REMOVE_OWN = (
+    _RELATION
+    + """
+if related == 0 then return redis.call('DEL', KEYS[1]) end
+return 0
+"""
+)
 
 
 class RedisIndex:
@@ -88,6 +111,7 @@ class RedisIndex:
                 "the index URL must look like redis://[user:password@]host:port[/db] or rediss://"
             ) from error
         self._redis: Redis = Redis(connection_pool=self._pool)
+        self._commit = self._redis.register_script(_COMMIT)
         self._remove_own = self._redis.register_script(_REMOVE_OWN)
 
     @property
@@ -109,14 +133,21 @@ class RedisIndex:
             async with self._guarded(self._write_timeout_s):
                 pipeline = self._redis.pipeline(transaction=False)
                 for id_, location in entries[start : start + _BATCH]:
-                    pipeline.set(_OBJECT_KEY + id_, _pack(location), px=self._entry_ttl_ms)
+                    await self._commit(
+                        keys=[_OBJECT_KEY + id_],
+                        args=[_pack(location), self._entry_ttl_ms],
+                        client=pipeline,
+                    )
                 await pipeline.execute()
 
-    async def remove(self, ids: Sequence[bytes], *, node_id: str) -> None:
+    async def remove(self, ids: Sequence[bytes], *, node_id: str, epoch: int) -> None:
+        own = _pack(Location(node_id, epoch, 0))
         for start in range(0, len(ids), _BATCH):
             async with self._guarded(self._write_timeout_s):
-                keys = [_OBJECT_KEY + id_ for id_ in ids[start : start + _BATCH]]
-                await self._remove_own(keys=keys, args=[node_id.encode()])
+                pipeline = self._redis.pipeline(transaction=False)
+                for id_ in ids[start : start + _BATCH]:
+                    await self._remove_own(keys=[_OBJECT_KEY + id_], args=[own], client=pipeline)
+                await pipeline.execute()
 
     async def lookup(self, ids: Sequence[bytes]) -> list[Location | None]:
         if not ids:

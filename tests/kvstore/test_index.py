@@ -49,8 +49,34 @@ async def test_added_entries_are_found_and_others_are_not(index: Index) -> None:
 
 async def test_a_node_removes_only_its_own_entries(index: Index) -> None:
     await index.add([(IDS[0], HERE), (IDS[1], THERE)])
-    await index.remove(IDS[:3], node_id="node-1")
+    await index.remove(IDS[:3], node_id="node-1", epoch=7)
     assert await index.lookup(IDS[:3]) == [None, THERE, None]
+
+
+@pytest.mark.parametrize(
+    ("early", "late"), [(7, 8), (7, 2**32 + 1), (2**53, 2**53 + 1), (2**63, 2**64 - 1)]
+)
+async def test_an_earlier_life_of_a_node_changes_nothing_of_a_later_one(
+    index: Index, early: int, late: int
+) -> None:
+    old, new = Location("node-1", early, 100), Location("node-1", late, 200)
+    await index.add([(IDS[0], old)])
+    await index.add([(IDS[0], new), (IDS[1], new)])
+    await index.add([(IDS[0], old), (IDS[1], old), (IDS[2], old)])
+    assert await index.lookup(IDS[:3]) == [new, new, old]
+    await index.remove(IDS[:3], node_id="node-1", epoch=early)
+    assert await index.lookup(IDS[:3]) == [new, new, None]
+    await index.add([(IDS[2], old)])
+    await index.remove(IDS[:3], node_id="node-1", epoch=late)
+    assert await index.lookup(IDS[:3]) == [None, None, None]
+
+
+async def test_another_node_may_replace_an_entry_whatever_its_epoch(index: Index) -> None:
+    """Else an entry of a dead node would keep those of live ones out until its TTL."""
+    await index.add([(IDS[0], THERE)])
+    await index.add([(IDS[0], HERE)])
+    await index.remove(IDS[:1], node_id="node-2", epoch=9)
+    assert await index.lookup(IDS[:1]) == [HERE]
 
 
 async def test_the_first_heartbeat_of_a_life_is_unknown_the_next_is_not(index: Index) -> None:
@@ -71,6 +97,32 @@ async def test_foreign_values_under_our_keys_are_no_entries(shared_redis: RedisS
     for number, value in enumerate((b"", b"x", b"\xff" * 40)):
         await index._redis.set(b"kv:o:" + IDS[number], value)
     assert await index.lookup(IDS[:3]) == [None, None, None]
+    await index.close()
+
+
+async def test_foreign_values_of_any_type_give_way_to_an_entry_and_are_never_removed(
+    shared_redis: RedisServer,
+) -> None:
+    index = RedisIndex(shared_redis.url, lookup_timeout_s=1.0)
+    keys = [b"kv:o:" + id_ for id_ in IDS[:3]]
+    await index._redis.delete(*keys)
+    await index._redis.set(keys[0], b"\xff" * 40)
+    await index._redis.rpush(keys[1], b"a list")
+    await index.remove(IDS[:3], node_id="node-1", epoch=7)
+    assert await index._redis.exists(*keys) == 2
+    await index.add([(id_, HERE) for id_ in IDS[:3]])
+    assert await index.lookup(IDS[:3]) == [HERE] * 3
+    await index.close()
+
+
+async def test_a_redis_that_lost_its_scripts_gets_them_again(own_redis: RedisServer) -> None:
+    index = RedisIndex(own_redis.url, lookup_timeout_s=1.0)
+    await index.add([(IDS[0], HERE), (IDS[1], HERE)])
+    own_redis.command(b"SCRIPT FLUSH")
+    await index.remove(IDS[:1], node_id="node-1", epoch=7)
+    own_redis.command(b"SCRIPT FLUSH")
+    await index.add([(IDS[2], THERE)])
+    assert await index.lookup(IDS[:3]) == [None, HERE, THERE]
     await index.close()
 
 
