@@ -30,7 +30,7 @@ class _Lives(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.epochs = {"node-1": [1_000], "node-2": [2_000]}
+        self.epochs = {"node-1": [1_000, 1_001], "node-2": [2_000, 2_256]}
         self.model: dict[bytes, Location] = {}
         self.runner.run(self.index.remove(IDS, node_id="node-1", epoch=2**64 - 1))
         self.runner.run(self.index.remove(IDS, node_id="node-2", epoch=2**64 - 1))
@@ -101,7 +101,7 @@ def test_no_late_call_of_an_earlier_life_counts(
     run_state_machine_as_test(
         Lives,
         settings=settings(
-            max_examples=60,
+            max_examples=120,
             stateful_step_count=20,
             deadline=None,
             suppress_health_check=list(HealthCheck),
