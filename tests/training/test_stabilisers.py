@@ -20,7 +20,8 @@ from training.anticipate import Anticipation, Spikes  # noqa: E402
 from training.config import NetworkConfig, Stabilisers  # noqa: E402
 from training.loop import balance_routers  # noqa: E402
 from training.muon import FAST, Muon, orthogonalize  # noqa: E402
-from training.network import Batch, Network, sinkhorn  # noqa: E402
+from training.network import Batch, Network  # noqa: E402
+from training.streams import sinkhorn  # noqa: E402
 
 
 def batch(seed: int, rows: int = 2, tokens: int = 64) -> Batch:

@@ -19,7 +19,8 @@ from training import loop, vocabulary
 from training.curves import draw
 from training.errors import TrainingError
 from training.experiments.plan import EXPERIMENTS, Experiment, config
-from training.network import Experts, Network
+from training.experts import Experts
+from training.network import Network
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
