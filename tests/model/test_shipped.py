@@ -24,6 +24,7 @@ def test_ledger_serves_what_was_trained_and_cites_its_source(kv: str, tolerance:
     from training import documents, export
     from training.batches import question_block
     from training.network import Batch
+    from training.rounding import PLAIN, SERVED
 
     tok = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
     document = documents.make_document(
@@ -48,7 +49,7 @@ def test_ledger_serves_what_was_trained_and_cites_its_source(kv: str, tolerance:
         torch.tensor([first - 1]),
     )
     with torch.inference_mode():
-        wanted = export.load(FOLDER)(batch, quantized=kv == "fp8")[0][0]
+        wanted = export.load(FOLDER)(batch, cache=SERVED if kv == "fp8" else PLAIN)[0][0]
     worst = (got - wanted).abs().max().item()
     heaviest = engine.evidence(sequence)[0]
     print(f"{first} tokens, {kv}: worst difference {worst:.2e}; gold {gold}, evidence {heaviest}")
