@@ -72,7 +72,7 @@ def test_what_is_generated_is_up_to_date() -> None:
 
 def test_values_are_few_and_all_explained() -> None:
     text = (chart.CHART / "values.yaml").read_text()
-    assert len(text.splitlines()) <= 300
+    assert len(text.splitlines()) <= 310
     unexplained = [row.name for row in rows_of(text) if len(row.comment) < 5]
     assert unexplained == []
 

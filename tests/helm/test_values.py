@@ -259,6 +259,8 @@ def another(name: str, field: Any) -> Any:
         "model.fake_draft_accuracy": 0.5,
         "model.max_model_len": 4096,
         "batch.sources": ["file:///data/"],
+        "prefill.autoscaling": {"enabled": True, "max_replicas": 3},
+        "decode.autoscaling": {"enabled": True, "max_replicas": 3},
         "telemetry.otlp_endpoint": "http://collector:4318",
         "telemetry.trace_ratio": 0.5,
     }
@@ -313,8 +315,12 @@ def test_every_setting_under_a_config_reaches_the_product(tmp_path: Path) -> Non
         for name, value in wanted.items():
             if process not in _READERS[name.partition(".")[0]]:
                 continue
-            mine = list(got[name]) if isinstance(got[name], tuple) else got[name]
-            if mine != value:
-                missing.append((process, name, value, mine))
+            parts = {name: value}
+            if isinstance(value, dict):
+                parts = {f"{name}.{key}": part for key, part in value.items()}
+            for part, carried in parts.items():
+                mine = list(got[part]) if isinstance(got[part], tuple) else got[part]
+                if mine != carried:
+                    missing.append((process, part, carried, mine))
     print(f"{len(wanted)} settings carried")
     assert missing == []

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from training import batches, documents, export, loop, losses, vocabulary  # noqa: E402
+from training import batches, checkpoint, documents, export, loop, losses, vocabulary  # noqa: E402
 from training.config import NetworkConfig, Shape, Stage, TrainingConfig  # noqa: E402
 from training.muon import orthogonalize  # noqa: E402
 from training.network import Network  # noqa: E402
@@ -104,7 +104,7 @@ def test_a_short_training_finds_the_evidence(tmp_path: pathlib.Path) -> None:
     masses = [line["gold_mass"] for line in curve]
     print("gold mass per 15 steps:", masses)
     assert masses[-1] > 2 * masses[0] and masses[-1] > 0.06
-    assert (tmp_path / "stage-smoke.pt").exists()
+    assert checkpoint.path_of(tmp_path, stage.steps).exists()
 
 
 def test_a_batch_without_a_single_answer_still_has_a_loss() -> None:
