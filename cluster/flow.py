@@ -136,6 +136,7 @@ class Flow:
         ]
 
     async def close(self) -> None:
+        await asyncio.gather(*self._releasing, return_exceptions=True)
         await self._router.close()
         with contextlib.suppress(Exception):
             await self._calls.close()

@@ -24,7 +24,7 @@ from dataclasses import replace
 from cluster.failover.footing import Footing, Ground
 from cluster.policy import DECODE, PREFILL
 from cluster.workers import Cancellable, DecodeFinished, PrefillFinished, WorkerCalls
-from penstock.errors import PenstockError
+from penstock.errors import PenstockError, WorkerUnavailableError
 from penstock.request import Progress, Request, Resume, TokenChunk
 from penstock.telemetry import trace
 
@@ -147,7 +147,9 @@ class Relay:
                         if (fresh := self._fresh(event)) is not None:
                             footing.passage.drew(len(fresh.token_ids))
                             yield fresh
-                return
+                raise WorkerUnavailableError(
+                    f"the decode worker {worker.worker_id} ended its stream before the answer's end"
+                )
             except asyncio.CancelledError:
                 if self._broken is None:
                     raise
